@@ -1,0 +1,52 @@
+# Every target builds the environment it needs, once, outside the clone (tools/environment.py).
+# NPU_FUSION_PYTHON=... uses an existing environment instead; JOBS=n runs the tests in n processes (1: in this one).
+
+RUN := tools/run
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+CARRY_PYTEST := \
+	"This Python has no pytest. On a machine with a network: pip download --only-binary :all: --dest build/wheels pytest" \
+	"then carry build/wheels here and: $${NPU_FUSION_PYTHON:-python3} -m pip install --no-index --find-links build/wheels --target build/site pytest" \
+	"then: PYTHONPATH=build/site make gpu-test"
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test lint format types unit gpu-test coverage bench
+
+help:
+	@echo "make demo      compile two real models, show what fused, check against eager"
+	@echo "make test      lint, types and all tests that this machine can run"
+	@echo "make lint | types | unit | format | gpu-test | coverage | bench"
+
+demo:
+	$(RUN) examples/demo.py
+
+test: lint types unit
+
+lint:
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format:
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+types:
+	$(RUN) -m mypy
+
+unit:
+	$(RUN) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS)) $(PYTEST_ARGS)
+
+# Needs nothing but torch, triton and pytest beside the clone, so that it runs where nothing can be installed. NPU_FUSION_PYTHON defaults to
+# the machine's own python3.
+gpu-test: export NPU_FUSION_PYTHON ?= python3
+gpu-test:
+	@$(RUN) -c 'import pytest' || { printf '%s\n' $(CARRY_PYTEST) >&2; exit 1; }
+	$(RUN) -m pytest -m gpu $(PYTEST_ARGS)
+
+coverage:
+	$(RUN) benchmarks/coverage.py
+
+bench:
+	$(RUN) benchmarks/matching.py

@@ -1,0 +1,308 @@
+"""How much of transformers' causal language models fuses, and whether the fused models still compute the same; writes docs/coverage.md.
+
+For every architecture that builds from a tiny configuration (tests/models/zoo.py), in bfloat16 and float32, with static and dynamic shapes,
+prefill and decode, SDPA and eager attention: counts the idioms that an eager pass executes, compiles with `backend="npu_fusion"`, runs,
+takes what fused from `npu_fusion.report`, and compares the logits (and those of an eager step after the pass, which sees the cache as the
+pass left it) with eager's, both against float64.
+
+    python benchmarks/coverage.py                              # everything that is not measured yet: hours on two cores
+    python benchmarks/coverage.py --arch llama --arch mamba    # these only
+    python benchmarks/coverage.py --sample 10 --seed 3 --budget 600
+    python benchmarks/coverage.py --write-only                 # the document from what is measured
+
+Results are kept, one JSON line each, outside the checkout, so that the run can be stopped at any time and resumed. A result counts as
+measured as long as the package's code is what it was. Every architecture runs in a process of its own: a crash or a hang costs one cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import random
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES, SHAPES, PHASES, ATTENTION = ("bf16", "fp32"), ("static", "dynamic"), ("prefill", "decode"), ("sdpa", "eager")
+BATCH, SEQUENCE = 2, 16
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model, compiled once."""
+
+    arch: str
+    dtype: str
+    shapes: str
+    phase: str
+    attention: str
+
+
+@dataclass
+class Result:
+    """What became of a cell.
+
+    Attributes:
+        code: digest of the package's sources that it was measured with.
+        status: `ok`; `absent` (the model has no such attention); `eager` (it does not run eagerly here); `failed` (compiling or running
+            it raised, or took too long); `wrong` (beyond the numeric contract).
+        detail: the error, where there is one.
+        executed, covered: idiom to sites, in an eager pass and in the report of the compiled one.
+        reasons: idiom to the report's reasons for its misses, with how often each is given.
+        error, eager_error, allowed: relative rms errors against float64, of the output that comes nearest to its bound.
+        notes: what the report says of whole graphs, graph breaks among it.
+        seconds: what the cell took.
+    """
+
+    cell: Cell
+    code: str
+    status: str
+    detail: str = ""
+    executed: dict[str, int] = field(default_factory=dict)
+    covered: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, dict[str, int]] = field(default_factory=dict)
+    error: float = 0.0
+    eager_error: float = 0.0
+    allowed: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @classmethod
+    def from_json(cls, line: str) -> Result:
+        values = json.loads(line)
+        return cls(**{**values, "cell": Cell(**values["cell"])})
+
+
+# -- measuring, in the worker
+
+
+def measure(cell: Cell, code: str = "") -> Result:
+    """Build, count, compile, run and compare one cell. What the model itself cannot do is a status, not an error."""
+    import torch
+
+    from tests.models import zoo
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cell.dtype]
+    result = Result(cell, code, "ok")
+    try:
+        model = zoo.build(cell.arch, dtype, cell.attention)
+    except ValueError as error:  # transformers' way of saying that the model has no such attention
+        return _failed(result, "absent", error)
+    try:
+        inputs = zoo.prefill_inputs(model, BATCH, SEQUENCE) if cell.phase == "prefill" else zoo.decode_inputs(model, BATCH, SEQUENCE)
+        result.executed = dict(zoo.executed_sites(model, inputs))
+        eager, exact = zoo.run(model, inputs), zoo.run_float64(model, inputs)
+    except Exception as error:  # a model that fails eagerly says nothing about us, but the document names it
+        return _failed(result, "eager", error)
+    try:
+        fused = _compiled_run(cell, model, inputs, result)
+    except Exception as error:  # this one does
+        return _failed(result, "failed", error)
+    _compare(result, fused, eager, exact, dtype)
+    return result
+
+
+def _failed(result: Result, status: str, error: BaseException) -> Result:
+    result.status, result.detail = status, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return result
+
+
+def _compiled_run(cell: Cell, model: Any, inputs: dict[str, Any], result: Result) -> Any:
+    import torch
+
+    import npu_fusion
+    from tests.models import zoo
+
+    compiled: list[Any] = []
+
+    def wrap(module: Any) -> Any:
+        compiled.append(torch.compile(module, backend="npu_fusion", dynamic=cell.shapes == "dynamic"))
+        return compiled[0]
+
+    torch.compiler.reset()
+    logits = zoo.run(model, inputs, wrap)
+    report = npu_fusion.report(compiled[0])
+    result.covered = dict(report.idioms)
+    for site in report.missed:
+        reasons = result.reasons.setdefault(site.idiom, {})
+        reason = site.reason or "no reason given"
+        reasons[reason] = reasons.get(reason, 0) + 1
+    result.notes = [*report.notes, *(f"graph break: {line}" for line in report.graph_breaks)]
+    result.notes += [f"rule {name} failed: {error}" for name, error in report.rule_errors.items()]
+    return logits
+
+
+def _compare(result: Result, fused: list[Any], eager: list[Any], exact: list[Any], dtype: Any) -> None:
+    from npu_fusion.numerics import EAGER_FACTOR, error_bound, relative_error
+
+    for ours, theirs, reference in zip(fused, eager, exact, strict=True):
+        error, eager_error = relative_error(ours, reference), relative_error(theirs, reference)
+        allowed = max(EAGER_FACTOR * eager_error, error_bound(dtype))
+        if not result.allowed or error / allowed > result.error / result.allowed:
+            result.error, result.eager_error, result.allowed = error, eager_error, allowed
+    if not result.error <= result.allowed:
+        result.status = "wrong"
+        result.detail = f"error {result.error:.2e} against float64, allowed {result.allowed:.2e}, eager {result.eager_error:.2e}"
+
+
+def work() -> None:
+    """The worker: reads cells as JSON lines, and writes their results as such."""
+    lines = sys.stdin.read().splitlines()
+    results, sys.stdout = sys.stdout, sys.stderr  # what models print goes elsewhere
+    for line in lines:
+        request = json.loads(line)
+        start = time.perf_counter()
+        result = measure(Cell(**request["cell"]), request["code"])
+        result.seconds = round(time.perf_counter() - start, 2)
+        print(json.dumps(asdict(result)), file=results, flush=True)
+
+
+# -- driving
+
+
+def code_digest() -> str:
+    """What a result depends on: the package's sources, the zoo's, and the versions of torch and transformers."""
+    from importlib.metadata import version
+
+    digest = hashlib.sha256(f"{version('torch')} {version('transformers')}".encode())
+    folders = [ROOT / name for name in ("npu_fusion", "patterns", "lowerings", "kernels", "tests/models")]
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def run_cells(cells: list[Cell], code: str, timeout: float) -> Iterator[Result]:
+    """Results of an architecture's cells, from worker processes: one, and another after each cell that kills or hangs its worker."""
+    while cells:
+        done = 0
+        for result in _worker_results(cells, code, timeout):
+            done += 1
+            yield result
+        cells = cells[done:]
+
+
+def _worker_results(cells: list[Cell], code: str, timeout: float) -> Iterator[Result]:
+    """Results in the order of `cells`, up to the first that could not be had; that one's says why."""
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    command, pipe = [sys.executable, __file__, "--worker"], subprocess.PIPE
+    # Unbuffered: a line that waits in a buffer of ours would not wake the selector.
+    worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment, bufsize=0)
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    with worker, selectors.DefaultSelector() as selector:
+        try:
+            worker.stdin.write(b"".join(json.dumps({"cell": asdict(cell), "code": code}).encode() + b"\n" for cell in cells))
+            worker.stdin.close()
+            selector.register(worker.stdout, selectors.EVENT_READ)
+            for cell in cells:
+                line = worker.stdout.readline() if selector.select(timeout) else None
+                if not line:
+                    yield Result(cell, code, "failed", f"took more than {timeout:.0f} s" if line is None else _death(worker.wait()))
+                    return
+                yield Result.from_json(line.decode())
+        finally:
+            worker.kill()
+
+
+def _death(code: int) -> str:
+    return f"the process died: {signal.Signals(-code).name if code < 0 else f'exit status {code}'}"
+
+
+class State:
+    """Results on disk, one JSON line each; the last one for a cell counts."""
+
+    def __init__(self, path: Path, code: str) -> None:
+        self.path, self.code = path, code
+        self.results: dict[Cell, Result] = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                result = Result.from_json(line)
+                if result.code == code:
+                    self.results[result.cell] = result
+
+    def add(self, result: Result) -> None:
+        self.results[result.cell] = result
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(asdict(result)) + "\n")
+
+
+def default_state() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "npu-fusion" / "coverage.jsonl"
+
+
+def select_cells(options: argparse.Namespace) -> dict[str, list[Cell]]:
+    """The cells asked for, by architecture."""
+    from tests.models import zoo
+
+    known = zoo.architectures()
+    unknown = sorted(set(options.arch) - set(known))
+    if unknown:
+        raise SystemExit(f"unknown architectures: {', '.join(unknown)}. Known: {', '.join(known)}")
+    names = sorted(options.arch) or known
+    if options.sample:
+        names = sorted(random.Random(options.seed).sample(names, min(options.sample, len(names))))
+    axes = (options.dtype or DTYPES, options.shapes or SHAPES, options.phase or PHASES, options.attn or ATTENTION)
+    return {name: [Cell(name, *axis) for axis in itertools.product(*axes)] for name in names}
+
+
+def run_all(cells: dict[str, list[Cell]], state: State, timeout: float, budget: float) -> None:
+    start = time.monotonic()
+    for index, (name, wanted) in enumerate(cells.items(), 1):
+        missing = [cell for cell in wanted if cell not in state.results]
+        if time.monotonic() - start > budget:
+            print(f"the time is up before {name}; run again to go on", flush=True)
+            return
+        for result in run_cells(missing, state.code, timeout):
+            state.add(result)
+        statuses = [state.results[cell].status for cell in wanted]
+        print(f"[{index}/{len(cells)}] {name}: {_tally(statuses)}", flush=True)
+
+
+def _tally(values: Iterable[str]) -> str:
+    values = list(values)
+    return ", ".join(f"{values.count(value)} {value}" for value in dict.fromkeys(values))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure what npu_fusion fuses in transformers' causal language models.")
+    parser.add_argument("--arch", action="append", default=[], help="a model_type; may be given several times; all by default")
+    parser.add_argument("--sample", type=int, help="this many architectures, drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing")
+    parser.add_argument("--dtype", action="append", choices=DTYPES)
+    parser.add_argument("--shapes", action="append", choices=SHAPES)
+    parser.add_argument("--phase", action="append", choices=PHASES)
+    parser.add_argument("--attn", action="append", choices=ATTENTION)
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds a cell may take")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no architecture is begun")
+    parser.add_argument("--state", type=Path, default=default_state(), help="where results are kept (%(default)s)")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "coverage.md")
+    parser.add_argument("--write-only", action="store_true", help="measure nothing, write the document")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work()
+        return
+    from benchmarks.coverage_table import document
+
+    state = State(options.state, code_digest())
+    if not options.write_only:
+        run_all(select_cells(options), state, options.timeout, options.budget)
+    options.output.write_text(document(list(state.results.values())))
+    print(f"wrote {options.output} from {len(state.results)} results")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # for `tests.models` and `benchmarks`, whatever the caller's PYTHONPATH
+    main()

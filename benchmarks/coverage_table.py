@@ -1,0 +1,175 @@
+"""The document that benchmarks/coverage.py writes: docs/coverage.md."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.coverage import Result
+
+# Column to the idioms that it adds up.
+COLUMNS = {
+    "RMSNorm": ("rms_norm", "gated_rms_norm"),
+    "add → norm": ("residual_add",),
+    "RoPE": ("rope",),
+    "gated activation": ("glu",),
+    "attention": ("attention",),
+}
+GOALS = {"RMSNorm": 0.98, "add → norm": 0.95, "RoPE": 0.95, "gated activation": 0.95, "attention": 0.95}
+UNRECOGNISED = "no rule came near it: the report does not list it"
+
+INTRODUCTION = """\
+# Coverage
+
+Written by `benchmarks/coverage.py`; do not edit. How much of transformers' causal language models runs in fused ops: for each architecture
+a tiny random model, in bfloat16 and float32, with static and dynamic shapes, prefill and decode, SDPA and eager attention.
+
+- *Executed* sites are counted in an eager pass by hooks, independently of the compiler (tests/models/sites.py). RMSNorm counts plain and
+  gated ones; add → norm the sums that feed an RMSNorm; RoPE the rotated tensors; a gated activation is an activation times another tensor.
+- *Covered* sites are those that a fused op computes in the graphs that ran (`npu_fusion.report`).
+- The contract: the logits of the pass, and of an eager step that goes on with the cache it left, have an error against float64 of at most
+  {factor} times eager's own, or the floor of the dtype.
+- Routing is pinned: every expert is chosen, so that no rounding error can send a token elsewhere.
+- Architectures put together from a text model and others are represented by the text model.
+"""
+
+
+def document(results: Sequence[Result]) -> str:
+    """The whole of docs/coverage.md."""
+    from npu_fusion.numerics import EAGER_FACTOR
+
+    measured = [result for result in results if result.status in ("ok", "wrong")]
+    parts = [
+        INTRODUCTION.format(factor=EAGER_FACTOR),
+        f"Measured with torch {version('torch')} and transformers {version('transformers')}: {_summary(results)}.",
+        "## Totals",
+        _totals(measured),
+        "## By configuration",
+        _by_configuration(measured),
+        "## Why sites were missed",
+        _reasons(measured),
+        "## Numbers beyond the contract, and failures",
+        _failures(results),
+        "## By architecture",
+        "Sites covered / executed, over all measured configurations; a dash where the model has none.",
+        _by_architecture(measured),
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _summary(results: Sequence[Result]) -> str:
+    statuses = Counter(result.status for result in results)
+    architectures = len({result.cell.arch for result in results if result.status in ("ok", "wrong")})
+    texts = {
+        "ok": "within the contract",
+        "wrong": "beyond it",
+        "failed": "failed to compile or run",
+        "eager": "do not run eagerly here",
+        "absent": "without such an attention in the model",
+    }
+    listed = ", ".join(f"{statuses[status]} {text}" for status, text in texts.items() if statuses[status])
+    return f"{architectures} architectures, {len(results)} configurations ({listed or 'none yet'})"
+
+
+def counts(results: Iterable[Result], column: str) -> tuple[int, int]:
+    """Sites covered and executed. Of one configuration no more count as covered than were executed."""
+    covered = executed = 0
+    for result in results:
+        there = sum(result.executed.get(idiom, 0) for idiom in COLUMNS[column])
+        executed += there
+        covered += min(there, sum(result.covered.get(idiom, 0) for idiom in COLUMNS[column]))
+    return covered, executed
+
+
+def _fraction(covered: int, executed: int) -> str:
+    return f"{covered}/{executed}" if executed else "-"
+
+
+def _percent(covered: int, executed: int) -> str:
+    return f"{100 * covered / executed:.1f}%" if executed else "-"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _totals(results: Sequence[Result]) -> str:
+    rows = []
+    for column in COLUMNS:
+        covered, executed = counts(results, column)
+        rows.append([column, str(covered), str(executed), _percent(covered, executed), f"{GOALS[column]:.0%}"])
+    return _table(["idiom", "covered", "executed", "", "goal"], rows)
+
+
+def _by_configuration(results: Sequence[Result]) -> str:
+    axes: dict[str, Callable[[Result], str]] = {
+        "dtype": lambda result: result.cell.dtype,
+        "shapes": lambda result: result.cell.shapes,
+        "phase": lambda result: result.cell.phase,
+        "attention": lambda result: result.cell.attention,
+    }
+    rows = []
+    for name, axis in axes.items():
+        for value in sorted({axis(result) for result in results}):
+            chosen = [result for result in results if axis(result) == value]
+            rows.append([f"{name}: {value}", *(_percent(*counts(chosen, column)) for column in COLUMNS)])
+    return _table(["", *COLUMNS], rows)
+
+
+def _reasons(results: Sequence[Result]) -> str:
+    """Reasons of misses with the sites and architectures they hold for. Misses that the report does not list have a line of their own."""
+    sites: Counter[tuple[str, str]] = Counter()
+    where: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    for result in results:
+        for column, idioms in COLUMNS.items():
+            covered, executed = counts([result], column)
+            missing = executed - covered
+            for idiom in idioms:
+                for reason, count in result.reasons.get(idiom, {}).items():
+                    count = min(count, missing)
+                    missing -= count
+                    if count:
+                        sites[column, reason] += count
+                        where[column, reason].add(result.cell.arch)
+            if missing:
+                sites[column, UNRECOGNISED] += missing
+                where[column, UNRECOGNISED].add(result.cell.arch)
+    rows = [[column, _escape(reason), str(count), _some(where[column, reason])] for (column, reason), count in sites.most_common()]
+    return _table(["idiom", "reason", "sites", "architectures"], rows) if rows else "None was."
+
+
+def _failures(results: Sequence[Result]) -> str:
+    groups: defaultdict[tuple[str, str], list[Result]] = defaultdict(list)
+    for result in results:
+        if result.status in ("wrong", "failed", "eager"):
+            groups[result.cell.arch, result.status].append(result)
+    rows = []
+    for (arch, status), group in sorted(groups.items()):
+        configurations = " ".join(f"{r.cell.dtype}/{r.cell.shapes}/{r.cell.phase}/{r.cell.attention}" for r in group[:2])
+        more = f" and {len(group) - 2} more" if len(group) > 2 else ""
+        rows.append([arch, status, configurations + more, _escape(group[0].detail)])
+    return _table(["architecture", "what", "configurations", "detail"], rows) if rows else "None."
+
+
+def _by_architecture(results: Sequence[Result]) -> str:
+    rows = []
+    for arch in sorted({result.cell.arch for result in results}):
+        chosen = [result for result in results if result.cell.arch == arch]
+        worst = max(result.error / result.allowed for result in chosen)
+        cells = [_fraction(*counts(chosen, column)) for column in COLUMNS]
+        rows.append([arch, str(len(chosen)), *cells, f"{worst:.2f}"])
+    return _table(["architecture", "configurations", *COLUMNS, "error / allowed"], rows)
+
+
+def _some(names: Iterable[str], limit: int = 6) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + more
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

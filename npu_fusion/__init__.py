@@ -1,0 +1,44 @@
+"""npu_fusion: recognises the idioms of a plain PyTorch model and runs them as fused ops.
+
+    torch.compile(model, backend="npu_fusion")
+    print(npu_fusion.explain(model, example_input))
+"""
+
+from . import ops, patterns
+from .backend import npu_fusion_backend, register
+from .config import FusionConfig
+from .errors import ConfigError, NpuFusionError, ReportError, RuleError, UnsupportedInputError, VerificationError
+from .explain import explain
+from .lowerings.inductor import inductor_options
+from .pipeline import fuse
+from .record import GraphRecord, Site
+from .report import FusionReport, report
+from .rule import Call, GroupRule, Reject, Rule, register_rule, rule
+
+register()
+
+__all__ = [
+    "Call",
+    "ConfigError",
+    "FusionConfig",
+    "FusionReport",
+    "GraphRecord",
+    "GroupRule",
+    "NpuFusionError",
+    "Reject",
+    "ReportError",
+    "Rule",
+    "RuleError",
+    "Site",
+    "UnsupportedInputError",
+    "VerificationError",
+    "explain",
+    "fuse",
+    "inductor_options",
+    "npu_fusion_backend",
+    "ops",
+    "patterns",
+    "register_rule",
+    "report",
+    "rule",
+]

@@ -1,0 +1,5 @@
+"""`python -m npu_fusion.cli`."""
+
+from . import main
+
+main()

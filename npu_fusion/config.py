@@ -1,0 +1,103 @@
+"""`FusionConfig`: everything a user can set, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .rule import AnyRule
+
+TARGETS = ("auto", "ascend910b", "ascend910_93", "ascend950", "cuda", "cpu")
+ROUNDINGS = ("fp32_internal", "exact")
+EXECUTORS = ("auto", "eager", "graph", "inductor")
+MODES: dict[str | None, dict[str, str]] = {None: {}, "default": {}, "reduce-overhead": {"executor": "graph"}}
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """Options of `torch.compile(model, backend="npu_fusion", options={...})`, as a frozen, checked value.
+
+    Args:
+        target: what the graph is compiled for; `auto` takes it from the inputs' device.
+        rounding: `fp32_internal` lets a fused op keep fp32 longer than the model does; `exact` fuses only where it rounds at the same points.
+        executor: `eager` runs the rewritten FX graph, `graph` captures it (CUDA graphs), `inductor` hands it on to Inductor,
+            `auto` chooses by target.
+        rules: names of the only built-in rules to use, in place of all of them.
+        disable: names of rules not to use.
+        extra_rules: users' own rules, see `npu_fusion.register_rule`.
+        verify: run every replaced subgraph beside its fused op on the first real inputs, and raise `VerificationError` on a mismatch.
+        emulate: run an Ascend lowering on CPU tensors.
+        merge_weights: let linears that share an input be merged into one where a rule needs it.
+
+    Raises:
+        ConfigError: an unknown target, rounding, executor or rule, or a value of the wrong type; the message lists what is known.
+    """
+
+    target: str = "auto"
+    rounding: str = "fp32_internal"
+    executor: str = "auto"
+    rules: tuple[str, ...] | None = None
+    disable: tuple[str, ...] = ()
+    extra_rules: tuple[AnyRule, ...] = ()
+    verify: bool = False
+    emulate: bool = False
+    merge_weights: bool = True
+
+    def __post_init__(self) -> None:
+        _check_choice("target", self.target, TARGETS)
+        _check_choice("rounding", self.rounding, ROUNDINGS)
+        _check_choice("executor", self.executor, EXECUTORS)
+        for name in ("verify", "emulate", "merge_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"option {name!r} takes True or False, not {getattr(self, name)!r}")
+        if self.rules is not None:
+            object.__setattr__(self, "rules", _as_tuple("rules", self.rules))
+        object.__setattr__(self, "disable", _as_tuple("disable", self.disable))
+        object.__setattr__(self, "extra_rules", _as_tuple("extra_rules", self.extra_rules))
+        self._check_rule_names()
+
+    def _check_rule_names(self) -> None:
+        from .rule import registered_rules
+
+        known = [rule.name for rule in registered_rules()]
+        for name in self.rules or ():
+            _check_choice("rule", name, known)
+        for name in self.disable:
+            _check_choice("rule", name, [*known, *(rule.name for rule in self.extra_rules)])
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> FusionConfig:
+        """The configuration that `torch.compile(options=..., mode=...)` asks for."""
+        if mode not in MODES:
+            raise ConfigError(_unknown("mode", mode, [name for name in MODES if name]))
+        values = {**MODES[mode], **dict(options or {})}
+        fields = [f.name for f in dataclasses.fields(cls)]
+        for name in values:
+            if name not in fields:
+                raise ConfigError(_unknown("option", name, fields))
+        return cls(**values)
+
+
+def _check_choice(option: str, value: object, known: Iterable[str]) -> None:
+    known = list(known)
+    if value not in known:
+        raise ConfigError(_unknown(option, value, known))
+
+
+def _unknown(kind: str, value: object, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(str(value), known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind} {value!r}.{hint} Known: {', '.join(known) or 'none'}"
+
+
+def _as_tuple(option: str, value: Any) -> tuple[Any, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ConfigError(f"option {option!r} takes a sequence of rule names, not {value!r}")
+    return tuple(value)

@@ -1,0 +1,619 @@
+"""The language of patterns.
+
+A pattern is written with operators, as the formula it stands for::
+
+    x, weight, eps = var("x"), var("weight"), lit("eps")
+    h = opt_cast(x)
+    normed = h * rsqrt(mean(square(h), dims=LAST) + eps)
+    pattern = opt_cast(normed) * weight
+
+It is matched against the canonical view (npu_fusion/view), where `x ** 2`, `x * x` and `square(x)` are one value, all casts are explicit
+and sit outside views. What is left to say is: alternatives (`p | q`), optional casts (`opt_cast`) and views (`opt_view`), and products
+whose association is free (`prod`). `+` and `*` match either operand order. A variable that occurs twice must be the same value twice.
+
+Matching is backtracking search: `Pattern.match` yields once for every way in which the pattern fits, with the bindings in the `State`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .view.canon import number_of
+from .view.value import Form, Literal, Value
+
+VIEW_OPS = ("reshape", "permute", "expand")
+_COMMON_OPS = frozenset({"add", "mul", "cast", "sub", "slice", "reshape", "permute", "expand", "neg", "cat", "matmul"})
+
+
+@dataclass
+class Failure:
+    """The point at which an attempt to match got stuck: how many parts had matched, where, and what was missing."""
+
+    progress: int
+    reason: str
+    value: Value | None
+
+
+@dataclass
+class State:
+    """Bindings and trail of one attempt to match."""
+
+    bindings: dict[str, Any] = field(default_factory=dict)
+    visited: list[Value] = field(default_factory=list)
+    forms: list[Form] = field(default_factory=list)
+    failure: Failure | None = None
+
+    def fail(self, reason: str, value: Value | None) -> None:
+        progress = len(self.visited)
+        if self.failure is None or progress > self.failure.progress:
+            self.failure = Failure(progress, reason, value)
+
+
+class Pattern:
+    """Base of all patterns. Subclasses yield from `match` once for each way to fit."""
+
+    def match(self, value: Value, state: State) -> Iterator[None]:
+        raise NotImplementedError(type(self).__name__)
+
+    def roots(self) -> frozenset[str] | None:
+        """Operators (forms as `form:name`) that a value matched by this pattern can have; None: any."""
+        return None
+
+    def required(self) -> list[frozenset[str]]:
+        """Sets of operators; a match contains at least one operator of every set."""
+        return []
+
+    def operators(self) -> frozenset[str]:
+        """All operators that a match may run through."""
+        return frozenset().union(*(child.operators() for child in self.children()))
+
+    def children(self) -> Sequence[Pattern]:
+        return ()
+
+    def depth(self) -> int:
+        """Upper bound of the operators from the root to a leaf."""
+        return 1 + max((child.depth() for child in self.children()), default=0)
+
+    def as_(self, name: str) -> Pattern:
+        """Bind the matched value (of a semantic form also the form, as `name.form`) under a name."""
+        return _Named(name, self)
+
+    def where(self, predicate: Callable[[Value], bool], reason: str) -> Pattern:
+        """Restrict the pattern by a predicate on the matched value; `reason` says what is wrong when it fails."""
+        return _Where(self, predicate, reason)
+
+    def __add__(self, other: Pattern | float) -> Pattern:
+        return op("add", self, other, commutative=True)
+
+    def __radd__(self, other: float) -> Pattern:
+        return op("add", other, self, commutative=True)
+
+    def __sub__(self, other: Pattern | float) -> Pattern:
+        return op("sub", self, other) if isinstance(other, Pattern) else self + (-other)
+
+    def __mul__(self, other: Pattern | float) -> Pattern:
+        return op("mul", self, other, commutative=True)
+
+    def __rmul__(self, other: float) -> Pattern:
+        return op("mul", other, self, commutative=True)
+
+    def __truediv__(self, other: Pattern) -> Pattern:
+        return op("div", self, other)
+
+    def __neg__(self) -> Pattern:
+        return op("neg", self)
+
+    def __or__(self, other: Pattern) -> Pattern:
+        return any_of(self, other)
+
+
+def as_pattern(item: Pattern | float) -> Pattern:
+    return item if isinstance(item, Pattern) else _Number(item)
+
+
+# ---------------------------------------------------------------- leaves
+
+
+@dataclass(frozen=True, eq=False)
+class _Var(Pattern):
+    name: str
+
+    def match(self, value: Value, state: State) -> Iterator[None]:
+        bound = state.bindings.get(self.name)
+        if bound is None:
+            if value.dtype is None:
+                return state.fail(f"expected a tensor for {self.name!r}", value)
+            state.bindings[self.name] = value
+            yield
+            del state.bindings[self.name]
+        elif bound is value:
+            yield
+        else:
+            state.fail(f"expected the same tensor as the other {self.name!r}", value)
+
+    def depth(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Lit(Pattern):
+    name: str
+
+    def match(self, value: Value, state: State) -> Iterator[None]:
+        literal = literal_of(value)
+        if literal is None:
+            return state.fail(f"expected a number for {self.name!r}, found a tensor", value)
+        bound = state.bindings.get(self.name)
+        if bound is None:
+            state.bindings[self.name] = literal
+            yield
+            del state.bindings[self.name]
+        elif bound == literal:
+            yield
+        else:
+            state.fail(f"expected the number {bound.value} again for {self.name!r}, found {literal.value}", value)
+
+    def depth(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Number(Pattern):
+    number: float
+
+    def match(self, value: Value, state: State) -> Iterator[None]:
+        found = number_of(value)
+        if found is not None and not isinstance(found, bool) and math.isclose(found, self.number, rel_tol=1e-6):
+            yield
+        else:
+            state.fail(f"expected the number {self.number}, found {found if found is not None else value.op}", value)
+
+    def depth(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Any(Pattern):
+    def match(self, value: Value, state: State) -> Iterator[None]:
+        yield
+
+    def depth(self) -> int:
+        return 0
+
+
+# ---------------------------------------------------------------- operators
+
+
+@dataclass(frozen=True, eq=False)
+class _Op(Pattern):
+    name: str
+    args: tuple[Pattern, ...] | None
+    attrs: dict[str, Any]
+    commutative: bool = False
+
+    def match(self, value: Value, state: State) -> Iterator[None]:
+        if value.op != self.name:
+            return state.fail(f"expected {self.name}, found {_describe(value)}", value)
+        for name, wanted in self.attrs.items():
+            if not _attr_fits(name, wanted, value, state):
+                return
+        state.visited.append(value)
+        yield from self._match_args(value, state)
+        state.visited.pop()
+
+    def _match_args(self, value: Value, state: State) -> Iterator[None]:
+        if self.args is None:
+            yield
+            return
+        if len(self.args) != len(value.args):
+            return state.fail(f"expected {self.name} of {len(self.args)} operands, found {len(value.args)}", value)
+        yield from match_all(self.args, value.args, state)
+        if self.commutative and value.args[0] is not value.args[1]:
+            yield from match_all(self.args, value.args[::-1], state)
+
+    def roots(self) -> frozenset[str]:
+        return frozenset({self.name})
+
+    def required(self) -> list[frozenset[str]]:
+        return [frozenset({self.name}), *itertools.chain.from_iterable(child.required() for child in self.children())]
+
+    def operators(self) -> frozenset[str]:
+        return super().operators() | {self.name}
+
+    def children(self) -> Sequence[Pattern]:
+        return self.args or ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Sem(Pattern):
+    """A value known as output `output` of a semantic op."""
+
+    name: str
+    args: dict[str, Any]
+    output: int
+
+    def match(self, value: Value, state: State) -> Iterator[None]:
+        found = False
+        for form in reversed(value.forms):
+            if form.op == self.name and form.output == self.output:
+                found = True
+                state.visited.append(value)
+                state.forms.append(form)
+                yield from self._match_args(form, list(self.args.items()), state)
+                state.forms.pop()
+                state.visited.pop()
+        if not found:
+            state.fail(f"expected {self.name}, found {_describe(value)}", value)
+
+    def _match_args(self, form: Form, wanted: list[tuple[str, Any]], state: State) -> Iterator[None]:
+        if not wanted:
+            yield
+            return
+        (name, pattern), rest = wanted[0], wanted[1:]
+        actual = form.args.get(name)
+        if isinstance(pattern, Pattern) and isinstance(actual, Value):
+            for _ in pattern.match(actual, state):
+                yield from self._match_args(form, rest, state)
+        elif isinstance(pattern, (list, tuple)) and isinstance(actual, (list, tuple)) and len(pattern) == len(actual):
+            for _ in match_all(pattern, actual, state):
+                yield from self._match_args(form, rest, state)
+        elif actual == pattern:
+            yield from self._match_args(form, rest, state)
+        else:
+            state.fail(f"{self.name} has {name} = {actual}, expected {pattern}", form.match.root)
+
+    def roots(self) -> frozenset[str]:
+        return frozenset({f"form:{self.name}"})
+
+    def required(self) -> list[frozenset[str]]:
+        return [self.roots(), *itertools.chain.from_iterable(child.required() for child in self.children())]
+
+    def operators(self) -> frozenset[str]:
+        return super().operators() | self.roots()
+
+    def children(self) -> Sequence[Pattern]:
+        found: list[Pattern] = []
+        for pattern in self.args.values():
+            found += [p for p in (pattern if isinstance(pattern, (list, tuple)) else [pattern]) if isinstance(p, Pattern)]
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Through(Pattern):
+    """The inner pattern behind zero or more (at most `most`) of the given operators, innermost first."""
+
+    names: frozenset[str]
+    inner: Pattern
+    most: int = 8
+    accept: Callable[[Value], bool] | None = None
+
+    def match(self, value: Value, state: State) -> Iterator[None]:
+        if value.op in self.names and self.most > 0 and (self.accept is None or self.accept(value)):
+            state.visited.append(value)
+            yield from _Through(self.names, self.inner, self.most - 1, self.accept).match(value.args[0], state)
+            state.visited.pop()
+        yield from self.inner.match(value, state)
+
+    def roots(self) -> frozenset[str] | None:
+        inner = self.inner.roots()
+        return None if inner is None else inner | self.names
+
+    def required(self) -> list[frozenset[str]]:
+        return self.inner.required()
+
+    def operators(self) -> frozenset[str]:
+        return self.inner.operators() | self.names
+
+    def children(self) -> Sequence[Pattern]:
+        return (self.inner,)
+
+    def depth(self) -> int:
+        return self.inner.depth() + min(self.most, 3)
+
+
+@dataclass(frozen=True, eq=False)
+class _AnyOf(Pattern):
+    alternatives: tuple[Pattern, ...]
+
+    def match(self, value: Value, state: State) -> Iterator[None]:
+        for alternative in self.alternatives:
+            yield from alternative.match(value, state)
+
+    def roots(self) -> frozenset[str] | None:
+        found = [alternative.roots() for alternative in self.alternatives]
+        return None if any(roots is None for roots in found) else frozenset().union(*(roots for roots in found if roots))
+
+    def required(self) -> list[frozenset[str]]:
+        chosen = []
+        for alternative in self.alternatives:
+            sets = alternative.required()
+            if not sets:
+                return []
+            chosen.append(min(sets, key=lambda names: (len(names & _COMMON_OPS), len(names))))
+        return [frozenset().union(*chosen)]
+
+    def children(self) -> Sequence[Pattern]:
+        return self.alternatives
+
+
+@dataclass(frozen=True, eq=False)
+class _Prod(Pattern):
+    """A product (or sum) of the factors, however it associates and in whatever order."""
+
+    name: str
+    factors: tuple[Pattern, ...]
+
+    def match(self, value: Value, state: State) -> Iterator[None]:
+        yield from self._split(value, self.factors, state)
+
+    def _split(self, value: Value, factors: tuple[Pattern, ...], state: State) -> Iterator[None]:
+        if len(factors) == 1:
+            yield from factors[0].match(value, state)
+            return
+        if value.op != self.name:
+            return state.fail(f"expected {self.name} of {len(factors)} operands, found {_describe(value)}", value)
+        state.visited.append(value)
+        for size in range(len(factors) - 1, 0, -1):
+            for picked in itertools.combinations(range(len(factors)), size):
+                left = tuple(factors[i] for i in picked)
+                right = tuple(f for i, f in enumerate(factors) if i not in picked)
+                for _ in self._split(value.args[0], left, state):
+                    yield from self._split(value.args[1], right, state)
+        state.visited.pop()
+
+    def roots(self) -> frozenset[str]:
+        return frozenset({self.name})
+
+    def required(self) -> list[frozenset[str]]:
+        return [self.roots(), *itertools.chain.from_iterable(factor.required() for factor in self.factors)]
+
+    def operators(self) -> frozenset[str]:
+        return super().operators() | self.roots()
+
+    def children(self) -> Sequence[Pattern]:
+        return self.factors
+
+    def depth(self) -> int:
+        return len(self.factors) + max(factor.depth() for factor in self.factors)
+
+
+@dataclass(frozen=True, eq=False)
+class _Wrapper(Pattern):
+    inner: Pattern
+
+    def roots(self) -> frozenset[str] | None:
+        return self.inner.roots()
+
+    def required(self) -> list[frozenset[str]]:
+        return self.inner.required()
+
+    def children(self) -> Sequence[Pattern]:
+        return (self.inner,)
+
+    def depth(self) -> int:
+        return self.inner.depth()
+
+
+class _Named(_Wrapper):
+    def __init__(self, name: str, inner: Pattern) -> None:
+        super().__init__(inner)
+        object.__setattr__(self, "name", name)
+
+    name: str
+
+    def match(self, value: Value, state: State) -> Iterator[None]:
+        if self.name in state.bindings:
+            if state.bindings[self.name] is value:
+                yield
+            else:
+                state.fail(f"expected the same tensor as the other {self.name!r}", value)
+            return
+        for _ in self.inner.match(value, state):
+            form = next((form for form in reversed(state.forms) if form in value.forms), None)
+            state.bindings[self.name] = value
+            state.bindings[f"{self.name}.form"] = form
+            yield
+            del state.bindings[self.name], state.bindings[f"{self.name}.form"]
+
+
+class _Where(_Wrapper):
+    def __init__(self, inner: Pattern, predicate: Callable[[Value], bool], reason: str) -> None:
+        super().__init__(inner)
+        object.__setattr__(self, "predicate", predicate)
+        object.__setattr__(self, "reason", reason)
+
+    predicate: Callable[[Value], bool]
+    reason: str
+
+    def match(self, value: Value, state: State) -> Iterator[None]:
+        for _ in self.inner.match(value, state):
+            if self.predicate(value):
+                yield
+            else:
+                state.fail(self.reason, value)
+
+
+# ---------------------------------------------------------------- attributes
+
+
+@dataclass(frozen=True)
+class AttrIs:
+    """An attribute that must satisfy a predicate of (attribute, value)."""
+
+    description: str
+    predicate: Callable[[Any, Value], bool]
+
+
+@dataclass(frozen=True)
+class AttrAs:
+    """An attribute bound under a name."""
+
+    name: str
+
+
+LAST = AttrIs("the last dimension", lambda dims, value: dims in (value.ndim - 1, (value.ndim - 1,)))
+
+
+def _attr_fits(name: str, wanted: Any, value: Value, state: State) -> bool:
+    actual = value.attrs.get(name)
+    if isinstance(wanted, AttrIs):
+        if not wanted.predicate(actual, value):
+            state.fail(f"{value.op} has {name} = {actual}, expected {wanted.description}", value)
+            return False
+    elif isinstance(wanted, AttrAs):
+        state.bindings[wanted.name] = actual
+    elif actual != wanted:
+        state.fail(f"{value.op} has {name} = {actual}, expected {wanted}", value)
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- the words
+
+
+def var(name: str) -> Pattern:
+    """Any tensor, bound under the name."""
+    return _Var(name)
+
+
+def lit(name: str) -> Pattern:
+    """A number, bound as a `Literal`: a Python number, a 0-d constant, a SymFloat, or a float that Dynamo passes as a 0-d float64 input."""
+    return _Lit(name)
+
+
+def anything() -> Pattern:
+    return _Any()
+
+
+def op(name: str, *args: Pattern | float, commutative: bool = False, **attrs: Any) -> Pattern:
+    """The canonical operator applied to operands. Attributes are compared, tested (`AttrIs`) or bound (`AttrAs`)."""
+    return _Op(name, tuple(as_pattern(arg) for arg in args), attrs, commutative)
+
+
+def op_any_args(name: str, **attrs: Any) -> Pattern:
+    """The canonical operator, whatever its operands."""
+    return _Op(name, None, attrs)
+
+
+def sem(name: str, *, output: int = 0, **args: Any) -> Pattern:
+    """A value that an earlier rule knows as output `output` of the semantic op; arguments named here must match theirs."""
+    return _Sem(name, args, output)
+
+
+def opt_cast(inner: Pattern) -> Pattern:
+    """The pattern, behind casts or not."""
+    return _Through(frozenset({"cast"}), inner, 2)
+
+
+def opt_upcast(inner: Pattern) -> Pattern:
+    """The pattern, behind a cast to a wider type or not: nothing is rounded in between."""
+    return _Through(frozenset({"cast"}), inner, 2, _widens)
+
+
+def opt_round(inner: Pattern) -> Pattern:
+    """The pattern, rounded to a narrower type afterwards or not."""
+    return _Through(frozenset({"cast"}), inner, 1, _narrows)
+
+
+def opt_view(inner: Pattern, *names: str) -> Pattern:
+    """The pattern, behind views (reshape, permute, expand, or those named) or not."""
+    return _Through(frozenset(names or VIEW_OPS), inner)
+
+
+def through(names: Sequence[str], inner: Pattern) -> Pattern:
+    """The pattern, behind any number of the named operators (their first operand is followed) or not."""
+    return _Through(frozenset(names), inner)
+
+
+def any_of(*alternatives: Pattern) -> Pattern:
+    flat = [a for alternative in alternatives for a in (alternative.alternatives if isinstance(alternative, _AnyOf) else (alternative,))]
+    return _AnyOf(tuple(flat))
+
+
+def prod(*factors: Pattern | float) -> Pattern:
+    """A product of all factors, in any order and association."""
+    return _Prod("mul", tuple(as_pattern(factor) for factor in factors))
+
+
+def total(*terms: Pattern | float) -> Pattern:
+    """A sum of all terms, in any order and association."""
+    return _Prod("add", tuple(as_pattern(term) for term in terms))
+
+
+def _unary(name: str) -> Callable[..., Pattern]:
+    def build(x: Pattern, **attrs: Any) -> Pattern:
+        return op(name, x, **attrs)
+
+    build.__name__ = name
+    build.__doc__ = f"The canonical operator `{name}`."
+    return build
+
+
+square, rsqrt, sqrt, exp, tanh, sigmoid, silu, relu, gelu, reciprocal, cast, mean, sum_, softmax, amax, reshape, permute, expand, erf = map(
+    _unary,
+    "square rsqrt sqrt exp tanh sigmoid silu relu gelu reciprocal cast mean sum softmax amax reshape permute expand erf".split(),
+)
+
+
+def sliced(x: Pattern, **attrs: Any) -> Pattern:
+    """x[start:stop:step] along `dim`."""
+    return op("slice", x, **attrs)
+
+
+def cat(*parts: Pattern, **attrs: Any) -> Pattern:
+    return op("cat", *parts, **attrs)
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def match_all(patterns: Sequence[Pattern], values: Sequence[Value], state: State) -> Iterator[None]:
+    """All ways to match the patterns to the values, pairwise."""
+    if not patterns:
+        yield
+        return
+    for _ in patterns[0].match(values[0], state):
+        yield from match_all(patterns[1:], values[1:], state)
+
+
+def literal_of(value: Value) -> Literal | None:
+    """The number that a value holds, known or carried by a 0-d float64 input or a SymFloat."""
+    number = number_of(value)
+    if number is not None:
+        return Literal(number)
+    if value.op == "symfloat":
+        return Literal(None, value)
+    if value.ndim == 0 and value.dtype is not None and value.dtype.is_floating_point:
+        source = value
+        while source.op == "cast":
+            source = source.args[0]
+        if source.op == "input" and str(source.dtype) == "torch.float64":
+            return Literal(None, source)
+    return None
+
+
+def _widens(cast_: Value) -> bool:
+    return bits(cast_.args[0].dtype) <= bits(cast_.dtype)
+
+
+def _narrows(cast_: Value) -> bool:
+    return bits(cast_.args[0].dtype) > bits(cast_.dtype)
+
+
+def bits(dtype: torch.dtype | None) -> int:
+    """Width of an element; 0 for what is no floating-point tensor."""
+    return dtype.itemsize * 8 if dtype is not None and dtype.is_floating_point else 0
+
+
+def _describe(value: Value) -> str:
+    if value.op == "input":
+        return "an input of the graph"
+    if value.op == "const":
+        return f"the number {value.attrs['value']}"
+    return value.op

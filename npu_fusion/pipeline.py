@@ -1,0 +1,207 @@
+"""View, match, select, rewrite: from an ATen graph to one with semantic ops."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import sympy
+from torch.fx import Graph, GraphModule, Node
+
+from .config import FusionConfig
+from .cost import node_bytes, node_launches, tensor_bytes
+from .lift import lift_aten
+from .match import Match, MatchResult, find_gists, find_matches, form_inputs
+from .provenance import module_of, source_of
+from .record import GraphRecord, Site
+from .rewrite import Applied, RewriteResult, output_nodes, rewrite
+from .rule import Rule, rules_of
+from .select import Candidate, Operation, select
+from .view import Value, View, build_view
+
+
+def fuse_graph(gm: GraphModule, config: FusionConfig, record: GraphRecord) -> None:
+    """Rewrite a functional ATen graph in place: every selected match becomes a semantic op.
+
+    Args:
+        gm: graph module whose nodes carry `meta["val"]`.
+        config: rules and rounding contract.
+        record: gets the stages `aten` and `fused`, the sites, the exceptions of rules and the seconds spent.
+    """
+    record.stages["aten"] = _snapshot(gm)
+    with _timed(record, "view"):
+        view = build_view(gm.graph)
+    with _timed(record, "match"):
+        found = find_matches(view, rules_of(config), config)
+    with _timed(record, "select"):
+        chosen = select_matches(view, found.matches)
+    with _timed(record, "rewrite"):
+        result = rewrite(gm, view, chosen, keep_checks=config.verify)
+    record.rule_errors.update(found.errors)
+    record.sites.extend(sites_of(view, found, result, rules_of(config)))
+    record.checks.extend(result.checks)
+    record.stages["fused"] = _snapshot(gm)
+
+
+def fuse(gm: GraphModule, example_inputs: Sequence[Any] | None = None, config: FusionConfig | None = None) -> GraphModule:
+    """Fuse an ATen FX graph (from `make_fx`, `torch.export` or an adapter's own compiler) in place, and lower it for the target.
+
+    Args:
+        gm: functional ATen graph whose nodes carry fake tensors in `meta["val"]`.
+        example_inputs: the graph's inputs; the target `auto` is taken from their device.
+        config: rules, rounding contract, target.
+
+    Returns:
+        `gm`; what happened to it is in `gm.meta["npu_fusion_record"]`, a `GraphRecord`.
+    """
+    from .backend import resolve
+    from .lower import lower_graph
+
+    resolved = resolve(config or FusionConfig(), gm, example_inputs or [])
+    record = GraphRecord(resolved)
+    lift_aten(gm)
+    fuse_graph(gm, resolved, record)
+    lower_graph(gm, resolved, record)
+    gm.meta["npu_fusion_record"] = record
+    return gm
+
+
+def select_matches(view: View, matches: list[Match]) -> list[Match]:
+    """The matches that make the graph cheapest."""
+    operations = {node: _operation(node) for node in view.graph.nodes}
+    needed = [node for node in view.graph.nodes if node.op == "output" or (node.op == "call_function" and node.is_impure())]
+    candidates = [_candidate(view, match) for match in matches]
+    by_id = {id(candidate): match for candidate, match in zip(candidates, matches, strict=True)}
+    return [by_id[id(candidate)] for candidate in select(operations, needed, candidates)]
+
+
+def _operation(node: Node) -> Operation:
+    launches = node_launches(node) if node.op == "call_function" else 0
+    return Operation(tuple(node.all_input_nodes), launches, lambda: node_bytes(node), str(node.target) if node.op == "call_function" else node.op)
+
+
+def _candidate(view: View, match: Match) -> Candidate:
+    outputs = tuple(output_nodes(view, match))
+    inputs = {node for value in _input_values(match) for node in view.nodes.get(value, ())}
+    span = _span(view, match, outputs, inputs)
+    return Candidate(outputs, frozenset(inputs - set(outputs)), frozenset(span), 1, lambda: _bytes(inputs, outputs), match.rule.name)
+
+
+def _input_values(match: Match) -> Iterable[Value]:
+    """Inputs of the call, those of values without a node replaced by what they are made from."""
+    stack = list(form_inputs(match.call.args))
+    while stack:
+        value = stack.pop()
+        if value.node is not None:
+            yield value
+        else:
+            stack.extend(value.args)
+
+
+def _span(view: View, match: Match, outputs: Iterable[Node], inputs: set[Node]) -> set[Node]:
+    """The nodes between inputs and outputs, outputs included. Only what the pattern ran through, and views and copies of it, can be there."""
+    oldest = min((view.position[node] for node in inputs), default=0)
+    span: set[Node] = set()
+    stack = list(outputs)
+    while stack:
+        node = stack.pop()
+        if node in span or node in inputs or node.op != "call_function" or view.position[node] < oldest and view.of[node] not in match.visited:
+            continue
+        span.add(node)
+        stack.extend(node.all_input_nodes)
+    return span | set(outputs)
+
+
+def _bytes(inputs: Iterable[Node], outputs: Iterable[Node]) -> sympy.Expr:
+    return sympy.Add(*(tensor_bytes(node) for node in (*inputs, *outputs)))
+
+
+# -------------------------------------------------------------------- sites
+
+
+def sites_of(view: View, found: MatchResult, result: RewriteResult, rules: Iterable[object]) -> list[Site]:
+    """Every occurrence of an idiom, covered by a fused op or not, in graph order."""
+    covered: dict[tuple[str, Value], Applied] = {}
+    for applied in result.applied:
+        for site in applied.match.sites:
+            covered.setdefault(site, applied)
+    sites = [(value, _site(view, idiom, value, applied)) for (idiom, value), applied in covered.items()]
+    visited: dict[str, set[Value]] = {}
+    for idiom, _ in covered:
+        visited.setdefault(idiom, set())
+    for applied in result.applied:
+        for idiom, _ in applied.match.sites:
+            visited[idiom] |= applied.match.visited
+    for rule in rules:
+        if isinstance(rule, Rule) and rule.gist is not None:
+            sites += _missed(view, rule, found, result, visited.get(rule.missed_idiom, set()))
+    order = sorted(_unique(sites), key=lambda pair: pair[0].index)
+    return [site for _, site in order]
+
+
+def _unique(sites: list[tuple[Value, Site]]) -> Iterator[tuple[Value, Site]]:
+    """One miss a place: of several rules of one idiom that failed there, the one that got furthest comes first."""
+    seen: set[tuple[str, Value]] = set()
+    for value, site in sites:
+        if site.fused or (site.idiom, value) not in seen:
+            seen.add((site.idiom, value))
+            yield value, site
+
+
+def _site(view: View, idiom: str, value: Value, applied: Applied) -> Site:
+    node = _node_near(value)
+    op = applied.match.call.op.name
+    return Site(idiom, True, op, None, None, source_of(node), module_of(node), node.name if node else None, applied.match.rule.name, applied.call.name)
+
+
+def _missed(view: View, rule: Rule, found: MatchResult, result: RewriteResult, covered: set[Value]) -> Iterator[tuple[Value, Site]]:
+    failures = found.failures.get(rule.name, {})
+    skipped = {value: reason for match, reason in result.skipped.items() for value in match.visited if match.rule is rule}
+    for site, visited in find_gists(view, rule):
+        if site in covered or visited & covered:
+            continue
+        near = [failures[value] for value in (site, *visited) if value in failures]
+        best = max(near, key=lambda failure: failure.progress, default=None)
+        reason = skipped.get(site) or (best.reason if best else "no value that the pattern could end at uses this one")
+        node = _node_near(best.value if best and best.value is not None else site) or _node_near(site)
+        origin = _node_near(site)
+        yield site, Site(rule.missed_idiom, False, None, None, reason, source_of(origin), module_of(origin), node.name if node else None, rule.name)
+
+
+def _node_near(value: Value) -> Node | None:
+    """The node of a value, or of the nearest value that it is made from or that uses it."""
+    seen: set[Value] = set()
+    stack = [value]
+    while stack:
+        value = stack.pop(0)
+        if value.node is not None:
+            return value.node
+        if value not in seen:
+            seen.add(value)
+            stack += [*value.users, *value.args]
+    return None
+
+
+# -------------------------------------------------------------------- helpers
+
+
+def _snapshot(gm: GraphModule) -> GraphModule:
+    """The graph as it is now, sharing parameters and metadata with the one that goes on changing."""
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    output = graph.graph_copy(gm.graph, mapping)
+    original = next(iter(reversed(gm.graph.nodes)))
+    node = graph.output(output)
+    node.meta = original.meta.copy()
+    return GraphModule(gm, graph)
+
+
+@contextmanager
+def _timed(record: GraphRecord, stage: str) -> Iterator[None]:
+    start = time.process_time()
+    try:
+        yield
+    finally:
+        record.seconds[stage] = record.seconds.get(stage, 0.0) + time.process_time() - start

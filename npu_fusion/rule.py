@@ -1,0 +1,177 @@
+"""Rules: what to look for, when it is sound, and what to put in its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import graphlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .errors import RuleError
+from .pattern import Pattern
+from .semantic import SemanticOp
+from .view.value import Form, Value
+
+if TYPE_CHECKING:
+    from .config import FusionConfig
+    from .match import Match
+
+
+@dataclass(frozen=True)
+class Call:
+    """A semantic op applied to arguments, and the values that its outputs replace.
+
+    Arguments are given by schema name: values, literals, lists of values, and plain Python attributes. Outputs stand in schema order; an
+    output that replaces nothing is None.
+    """
+
+    op: SemanticOp
+    args: Mapping[str, Any]
+    outputs: Sequence[Value | None]
+
+
+@dataclass(frozen=True)
+class Reject:
+    """Why a match must not be rewritten, and the value to point the author at."""
+
+    reason: str
+    value: Value | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """One fusion: `pattern`, `check`, `rewrite`. Rules hold no state; everything a rewrite needs is in the match.
+
+    Args:
+        name: unique among the rules of a config.
+        pattern: what to look for; the root is the value that the fused op produces, or the context in which it is found.
+        rewrite: the semantic call that computes the match's outputs.
+        produces: name of the semantic op that `rewrite` calls.
+        idioms: idiom to the name of the bound value at which an occurrence is counted; what absorbed semantic forms count comes on top.
+        check: soundness conditions that the pattern cannot say; None when the match is sound.
+        gist: a smaller pattern that already betrays the author's intent. Where it matches and the rule does not, the report shows a miss
+            of `gist_idiom` (the first of `idioms` by default). It binds the place under `site`.
+    """
+
+    name: str
+    pattern: Pattern
+    rewrite: Callable[[Match], Call]
+    produces: str
+    idioms: Mapping[str, str] = field(default_factory=dict)
+    check: Callable[[Match], Reject | None] | None = None
+    gist: Pattern | None = None
+    gist_idiom: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.pattern.roots() is None:
+            raise RuleError(f"rule {self.name!r}: the pattern's root must be an operator, not a variable")
+        if not self.pattern.required():
+            raise RuleError(f"rule {self.name!r}: the pattern has no operator that every match contains")
+        if self.gist is not None and not self.missed_idiom:
+            raise RuleError(f"rule {self.name!r}: a gist needs an idiom")
+
+    @property
+    def missed_idiom(self) -> str:
+        return self.gist_idiom or next(iter(self.idioms), "")
+
+    @property
+    def consumes(self) -> frozenset[str]:
+        """Semantic ops whose forms the pattern contains."""
+        return frozenset(name.removeprefix("form:") for name in self.pattern.operators() if name.startswith("form:"))
+
+
+@dataclass(frozen=True, eq=False)
+class GroupRule:
+    """Neighbouring calls of one semantic op that one call can make, e.g. the rotations of q and k by one table.
+
+    Args:
+        name: unique among the rules of a config.
+        member: the semantic op whose forms are grouped.
+        key: members with equal keys may be grouped; None keeps a member out.
+        combine: the call that makes all members' outputs, from their forms in graph order.
+        produces: the op that `combine` calls.
+        most: the largest group.
+    """
+
+    name: str
+    member: str
+    key: Callable[[Form], Hashable]
+    combine: Callable[[Sequence[Form]], Call]
+    produces: str
+    most: int = 2
+
+    @property
+    def consumes(self) -> frozenset[str]:
+        return frozenset({self.member})
+
+
+AnyRule = Rule | GroupRule
+
+_REGISTRY: dict[str, AnyRule] = {}
+
+
+def register_builtin(*rules: AnyRule) -> None:
+    """Add the package's own rules. Users' rules go into a config (`npu_fusion.register_rule`), never here."""
+    for rule in rules:
+        if rule.name in _REGISTRY:
+            raise RuleError(f"rule {rule.name!r} is registered twice")
+        _REGISTRY[rule.name] = rule
+
+
+def registered_rules() -> tuple[AnyRule, ...]:
+    """The package's own rules."""
+    return tuple(_REGISTRY.values())
+
+
+def in_order(rules: Sequence[AnyRule]) -> list[AnyRule]:
+    """Rules sorted so that a rule runs after those whose semantic ops it starts from.
+
+    A rule that refines an op into the same op (RMSNorm into gated RMSNorm) runs between that op's makers and its other consumers.
+    """
+
+    def refines(rule: AnyRule, op: str) -> bool:
+        return op == rule.produces and op in rule.consumes
+
+    def before(first: AnyRule, then: AnyRule) -> bool:
+        op = first.produces
+        return first is not then and op in then.consumes and not (refines(first, op) and refines(then, op))
+
+    order = graphlib.TopologicalSorter({then: [first for first in rules if before(first, then)] for then in rules})
+    try:
+        return list(order.static_order())
+    except graphlib.CycleError as error:
+        names = ", ".join(sorted({rule.name for rule in error.args[1]}))
+        raise RuleError(f"rules start from one another's semantic ops in a circle: {names}") from error
+
+
+def rule(
+    name: str, *, pattern: Pattern, produces: str, **options: Any
+) -> Callable[[Callable[[Match], Call]], Rule]:
+    """Declare a rule by decorating its rewrite::
+
+    @npu_fusion.rule("my_norm", pattern=..., produces="rms_norm", idioms={"rms_norm": "site"})
+    def my_norm(match): return Call(rms_norm, {"x": match["x"], ...}, [match.root])
+
+    The rule takes effect in the configs that it is added to: `register_rule(config, my_norm)`.
+    """
+
+    def declare(rewrite: Callable[[Match], Call]) -> Rule:
+        return Rule(name, pattern, rewrite, produces, **options)
+
+    return declare
+
+
+def register_rule(config: FusionConfig, *rules: AnyRule) -> FusionConfig:
+    """The config with the user's own rules added. Nothing else changes: rules are never registered for the whole process."""
+    return dataclasses.replace(config, extra_rules=(*config.extra_rules, *rules))
+
+
+def rules_of(config: FusionConfig) -> list[AnyRule]:
+    """The rules in force under a config, in the order in which they run."""
+    chosen = [r for r in registered_rules() if config.rules is None or r.name in config.rules]
+    chosen = [r for r in (*chosen, *config.extra_rules) if r.name not in config.disable]
+    names = [r.name for r in chosen]
+    if len(set(names)) != len(names):
+        raise RuleError(f"two rules have the name {next(n for n in names if names.count(n) > 1)!r}; a user's rule needs a name of its own")
+    return in_order(chosen)

@@ -1,0 +1,247 @@
+"""The one door to torch's private APIs, so that a new torch release is met in this file alone. Written for torch 2.11 to 2.13."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+GraphCompiler = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+# Dynamo: which torch.compile call is running
+
+
+def _compile_wrapper_code() -> CodeType:
+    """Code of the closure that `torch.compile` puts around a function; every compiled call has one frame of it."""
+    from torch._dynamo.eval_frame import _TorchDynamoContext
+
+    def nested(code: CodeType) -> Iterator[CodeType]:
+        for const in code.co_consts:
+            if isinstance(const, CodeType):
+                yield const
+                yield from nested(const)
+
+    for code in nested(_TorchDynamoContext.__call__.__code__):
+        if code.co_name in ("compile_wrapper", "_fn") and "self" in code.co_freevars:
+            return code
+    raise RuntimeError(f"torch {torch.__version__} wraps compiled functions in a way that npu_fusion does not know")
+
+
+_WRAPPER_CODE: CodeType | None = None
+
+
+def current_compile_context() -> Any | None:
+    """The Dynamo context of the `torch.compile` call under which this thread runs, innermost first; None outside.
+
+    There is one context a `torch.compile` call, alive as long as the compiled object, which makes it the identity of that object.
+    It is found on the Python stack, which holds while Dynamo compiles and while a compiled graph runs alike.
+    """
+    global _WRAPPER_CODE
+    if _WRAPPER_CODE is None:
+        _WRAPPER_CODE = _compile_wrapper_code()
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _WRAPPER_CODE:
+            return frame.f_locals["self"]
+        frame = frame.f_back
+    return None
+
+
+def compile_contexts_of(compiled: Any) -> list[Any]:
+    """The Dynamo contexts behind what a user calls compiled.
+
+    Understands what `torch.compile` returns for modules, functions and methods, modules compiled in place by `module.compile()`, and
+    modules that hold compiled modules or compiled methods (also under a name of their own, as transformers' `generate` does).
+    """
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    found: dict[int, Any] = {}
+
+    def add(value: Any) -> None:
+        context = value.dynamo_ctx if isinstance(value, OptimizedModule) else _context_of_function(value)
+        if context is not None:
+            found.setdefault(id(context), context)
+
+    if not isinstance(compiled, torch.nn.Module):
+        add(compiled)
+        return list(found.values())
+    for module in compiled.modules():
+        add(module)
+        for value in vars(module).values():
+            if callable(value) and not isinstance(value, torch.nn.Module):
+                add(value)
+    return list(found.values())
+
+
+def _context_of_function(function: Any) -> Any | None:
+    """The context in the closure of a compiled function or method, or None where `function` is none."""
+    from torch._dynamo.eval_frame import _TorchDynamoContext
+
+    function = getattr(function, "__func__", function)
+    if not hasattr(function, "_torchdynamo_orig_callable"):
+        return None
+    names = function.__code__.co_freevars if hasattr(function, "__code__") else ()
+    for name, cell in zip(names, getattr(function, "__closure__", None) or (), strict=True):
+        if name == "self" and isinstance(cell.cell_contents, _TorchDynamoContext):
+            return cell.cell_contents
+    return None
+
+
+def register_dynamo_backend(name: str, backend: Callable[..., Any]) -> None:
+    """Register `backend` with Dynamo under `name`, unless an entry point or an earlier call did."""
+    from torch._dynamo.backends.registry import list_backends, register_backend
+
+    if name not in list_backends(exclude_tags=()):
+        register_backend(backend, name=name)
+
+
+# AOTAutograd
+
+
+def aot_compile(
+    gm: GraphModule, example_inputs: Sequence[Any], *, inference: GraphCompiler, forward: GraphCompiler, backward: GraphCompiler
+) -> Callable[..., Any]:
+    """AOTAutograd without decompositions; mutations of inputs stay in an inference graph, as `copy_` nodes at its end.
+
+    `forward` and `backward` compile the parts of a graph that needs gradients, `inference` any other graph.
+    """
+    from torch._functorch.aot_autograd import aot_module_simplified
+
+    compilers: dict[str, Any] = {"fw_compiler": forward, "bw_compiler": backward, "inference_compiler": inference}
+    return aot_module_simplified(gm, example_inputs, decompositions={}, keep_inference_input_mutations=True, **compilers)
+
+
+def boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """Mark a function that takes its arguments as one list, and empties it, for AOTAutograd."""
+    function._boxed_call = True  # type: ignore[attr-defined]
+    return function
+
+
+def static_input_indices() -> tuple[int, ...]:
+    """Positions of the inputs, in the graph AOT is compiling, whose addresses stay the same: parameters and buffers."""
+    context = torch._guards.TracingContext.try_get()
+    metadata = context.fw_metadata if context is not None else None
+    indices = metadata.static_input_indices if metadata is not None else None
+    return tuple(indices or ())
+
+
+# Dispatcher state and tensor kinds
+
+
+def is_wrapper_subclass(value: Any) -> bool:
+    """Whether `value` is a tensor subclass that AOT takes apart into plain tensors (DTensor, torchao's, ...)."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return bool(is_traceable_wrapper_subclass(value))
+
+
+def is_other_subclass(value: Any) -> bool:
+    """Whether `value` is a tensor of a class of the user's own, neither torch's nor one that AOT takes apart."""
+    from torch._subclasses import FakeTensor
+
+    plain = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
+    return isinstance(value, torch.Tensor) and type(value) not in plain and not is_wrapper_subclass(value)
+
+
+def autocast_active() -> bool:
+    """Whether autocast is on, for any device."""
+    return bool(torch._C._is_any_autocast_enabled())
+
+
+def grad_may_be_enabled(nodes: Iterator[Node]) -> bool:
+    """Whether grad mode is on now, or turned on somewhere in a Dynamo graph."""
+    if torch.is_grad_enabled():
+        return True
+    return any(node.target is torch._C._set_grad_enabled and node.args[0] is not False for node in nodes)
+
+
+def region_kind(node: Node) -> str | None:
+    """What kind of region a node of a Dynamo graph opens that an opaque op cannot live in, or None.
+
+    Autocast regions change the dtypes that ops see; functorch transforms (vmap, grad, jvp) need a rule for each op; `sdpa_kernel`
+    pins a kernel for the time of the call.
+    """
+    if node.op != "call_function":
+        return None
+    if node.target is torch.amp.autocast_mode._enter_autocast:
+        return "autocast"
+    module = getattr(node.target, "__module__", None) or ""
+    if module.startswith(("torch._functorch", "torch._C._functorch")):
+        return "a functorch transform"
+    if module.startswith("torch.nn.attention") and "sdpa_kernel" in getattr(node.target, "__name__", ""):
+        return "sdpa_kernel"
+    return None
+
+
+def fake_mode_of(gm: GraphModule) -> Any:
+    """The fake tensor mode of a graph's metadata; None for a graph without any."""
+    from torch._guards import detect_fake_mode
+
+    return detect_fake_mode([node.meta.get("val", node.meta.get("example_value")) for node in gm.graph.nodes])
+
+
+def unbacked_float(mode: Any) -> Any:
+    """A SymFloat of unknown value, for the metadata of a node that reads a number out of a tensor."""
+    with mode.shape_env.ignore_fresh_unbacked_symbols():
+        return mode.shape_env.create_unbacked_symfloat()
+
+
+def is_composite(op: torch._ops.OpOverload) -> bool:
+    """Whether an op is written in terms of others, so that its schema does not say what its result aliases."""
+    return bool(op.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd))
+
+
+def is_dynamo_exception(error: BaseException) -> bool:
+    """Whether an exception is Dynamo's own, e.g. its way to start a compilation over: it must reach Dynamo."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return isinstance(error, TorchDynamoException)
+
+
+# Inductor
+
+
+def inductor_compile(gm: GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any] | None = None) -> Callable[..., Any]:
+    """Compile an ATen graph with Inductor from inside another backend's compiler; the result takes its arguments one by one.
+
+    `compile_fx` calls AOT again, which writes into the ambient tracing context: it gets one of its own, that shares the fake mode and with
+    it the symbols and guards.
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx
+
+    ambient = TracingContext.try_get()
+    fake_mode = ambient.fake_mode if ambient is not None else fake_mode_of(gm)
+    with tracing(TracingContext(fake_mode)):
+        compiled = compile_fx(gm, list(example_inputs), config_patches=patches)
+    assert callable(compiled)
+    return compiled
+
+
+def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
+    """The decompositions that Inductor applies before its post-grad passes, for the configuration in force."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return dict(select_decomp_table())
+
+
+def inductor_pass_base() -> type:
+    """`CustomGraphPass`, of which Inductor asks a `uuid` for its cache keys."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    return CustomGraphPass
+
+
+def current_inductor_passes(name: str) -> list[Callable[[Any], Any]]:
+    """The passes set already under `name` (e.g. `pre_grad_custom_pass`) in Inductor's configuration, one or a list of them."""
+    import torch._inductor.config as inductor_config
+
+    passes = getattr(inductor_config, name)
+    if passes is None:
+        return []
+    return list(passes) if isinstance(passes, (list, tuple)) else [passes]

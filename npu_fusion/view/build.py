@@ -1,0 +1,223 @@
+"""From an FX graph to its canonical view."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .canon import Canon
+from .shapes import to_dim, to_shape
+from .value import Dim, Shape, Value, ValueTable
+
+_COLLECTIVE_NAMESPACES = frozenset({"_c10d_functional", "c10d_functional", "c10d", "symm_mem"})
+
+Handler = Callable[["ViewBuilder", Node, "list[Any]"], "Value | None"]
+_HANDLERS: dict[str, Handler] = {}
+
+
+class View:
+    """The canonical view of one graph.
+
+    Attributes:
+        table: all values.
+        of: FX node to its value; tuple-valued nodes have a value too, and their `getitem`s another.
+        nodes: value to every FX node that computes it, in graph order.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.table = ValueTable()
+        self.canon = Canon(self.table)
+        self.of: dict[Node, Value] = {}
+        self.nodes: dict[Value, list[Node]] = {}
+        self.position: dict[Node, int] = {}
+
+    def bind(self, node: Node, value: Value) -> None:
+        self.of[node] = value
+        self.nodes.setdefault(value, []).append(node)
+        if value.node is None:
+            value.node = node
+
+
+def build_view(graph: Graph) -> View:
+    """The canonical view of a functional ATen graph whose nodes carry `meta["val"]`. The graph is only read."""
+    builder = ViewBuilder(View(graph))
+    for position, node in enumerate(graph.nodes):
+        builder.view.position[node] = position
+        builder.visit(node)
+    return builder.view
+
+
+class ViewBuilder:
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.canon = view.canon
+        self.table = view.table
+        self._handlers: dict[Any, tuple[Handler | None, Any]] = {}
+
+    def visit(self, node: Node) -> None:
+        if node.op == "output":
+            return
+        if node.op != "call_function":
+            self.view.bind(node, self._leaf(node))
+            return
+        value = self._symbolic(node)
+        if value is None:
+            value = self._call(node)
+        self.view.bind(node, value)
+
+    # ---------------------------------------------------------------- nodes
+
+    def _leaf(self, node: Node) -> Value:
+        value = self._symbolic(node)
+        if value is not None:
+            return value
+        shape, dtype = meta_of(node)
+        return self.table.unique("input", (), {}, shape, dtype)
+
+    def _symbolic(self, node: Node) -> Value | None:
+        val = node.meta.get("val")
+        if isinstance(val, torch.SymInt):
+            return self.canon.sym(to_dim(val))
+        if type(val) is int:
+            return self.canon.const(val)
+        if isinstance(val, torch.SymFloat):
+            return self.table.unique("symfloat", (), {}, (), None)
+        return None
+
+    def _call(self, node: Node) -> Value:
+        target = node.target
+        found = self._handlers.get(target)
+        if found is None:
+            found = self._handlers[target] = (_find_handler(target), getattr(target, "_schema", None))
+        handler, schema = found
+        if target is operator.getitem:
+            return self._getitem(node)
+        if schema is None or _is_effectful(target):
+            return self.opaque(node)
+        arguments = _bind_arguments(node, schema)
+        if handler is not None:
+            value = handler(self, node, arguments)
+            if value is not None:
+                return value
+        return self._generic(node, schema, arguments, canonical=handler is None)
+
+    def _getitem(self, node: Node) -> Value:
+        source, index = node.args
+        assert isinstance(source, Node)
+        owner = self.view.of[source]
+        parts = owner.attrs.get("parts")
+        if parts is not None and isinstance(index, int):
+            part: Value = parts[index]
+            return part
+        shape, dtype = meta_of(node)
+        return self.table.intern("getitem", (owner,), {"index": index}, shape, dtype)
+
+    def opaque(self, node: Node) -> Value:
+        """A value equal to no other, with the node's tensor inputs as operands."""
+        shape, dtype = meta_of(node)
+        name = node.target._opname if isinstance(node.target, OpOverload) else str(node.target)
+        return self.table.unique(name, [self.view.of[n] for n in node.all_input_nodes], {"opaque": True}, shape, dtype)
+
+    def _generic(self, node: Node, schema: Any, arguments: list[Any], canonical: bool) -> Value:
+        """Any other pure op: operands by value, everything else by schema name.
+
+        A form of a known op that its handler does not understand gets another name, so that no pattern takes it for the canonical one.
+        """
+        operands: list[Value] = []
+        attrs: dict[str, Any] = {}
+        for spec, argument in zip(schema.arguments, arguments, strict=True):
+            if isinstance(argument, Node):
+                operands.append(self.view.of[argument])
+                attrs[f"@{spec.name}"] = 1
+            elif isinstance(argument, (list, tuple)) and any(isinstance(item, Node) for item in argument):
+                operands.extend(self.operand(item) for item in argument if item is not None)
+                attrs[f"@{spec.name}"] = tuple(item is not None for item in argument)
+            elif spec.name not in ("pin_memory", "memory_format"):
+                attrs[spec.name] = _hashable(argument)
+        shape, dtype = meta_of(node)
+        target = node.target
+        assert isinstance(target, OpOverload)
+        if target.namespace != "aten":
+            attrs["namespace"] = target.namespace
+        attrs["overload"] = target._overloadname
+        name = target._opname if canonical else f"{target._opname}:{target._overloadname}"
+        return self.table.intern(name, operands, attrs, shape, dtype)
+
+    # ---------------------------------------------------------------- operands
+
+    def operand(self, argument: Any) -> Value:
+        """The value of an argument that is a node or a Python number."""
+        if isinstance(argument, Node):
+            return self.view.of[argument]
+        return self.canon.const(argument)
+
+    def dim(self, argument: Any) -> Dim:
+        """The size or index that an argument holds."""
+        if isinstance(argument, Node):
+            return to_dim(argument.meta["val"])
+        return int(argument)
+
+    def cast_operand(self, argument: Any, dtype: torch.dtype | None) -> Value:
+        """The operand in the type in which the op computes: type promotion, made explicit. 0-d tensors and numbers do not promote."""
+        value = self.operand(argument)
+        if value.dtype is None or dtype is None or value.ndim == 0:
+            return value
+        return self.canon.cast(value, dtype)
+
+
+def handles(*names: str) -> Callable[[Handler], Handler]:
+    """Declare the handler of ATen or prims ops, by name without overload."""
+
+    def register(handler: Handler) -> Handler:
+        for name in names:
+            _HANDLERS[name] = handler
+        return handler
+
+    return register
+
+
+def _find_handler(target: Any) -> Handler | None:
+    if isinstance(target, OpOverload) and target.namespace in ("aten", "prims"):
+        return _HANDLERS.get(f"{target._opname}.{target._overloadname}") or _HANDLERS.get(target._opname)
+    if isinstance(target, OpOverload):
+        return _HANDLERS.get(f"{target.namespace}::{target._opname}")
+    return None
+
+
+def _is_effectful(target: Any) -> bool:
+    if not isinstance(target, OpOverload):
+        return True
+    return target._schema.is_mutable or target.namespace in _COLLECTIVE_NAMESPACES or torch.Tag.nondeterministic_seeded in target.tags
+
+
+def _bind_arguments(node: Node, schema: Any) -> list[Any]:
+    """The node's arguments in schema order, defaults filled in."""
+    bound = list(node.args)
+    kwargs = node.kwargs
+    for spec in schema.arguments[len(bound) :]:
+        bound.append(kwargs[spec.name] if spec.name in kwargs else spec.default_value if spec.has_default_value() else None)
+    return bound
+
+
+def meta_of(node: Node) -> tuple[Shape, torch.dtype | None]:
+    """Shape and dtype of a tensor-valued node; empty and None for everything else."""
+    val = node.meta.get("val")
+    if isinstance(val, torch.Tensor) and not is_traceable_wrapper_subclass(val):
+        return to_shape(val.shape), val.dtype
+    return (), None
+
+
+def _hashable(argument: Any) -> Any:
+    if isinstance(argument, (list, tuple)):
+        return tuple(_hashable(item) for item in argument)
+    return argument
+
+
+from . import handlers as _handlers  # noqa: E402,F401  (fills _HANDLERS)

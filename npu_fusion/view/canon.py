@@ -1,0 +1,434 @@
+"""Smart constructors: every spelling of a computation is built into one canonical value.
+
+Only identities that hold for real numbers are used, and of those that change rounding only the ones that move it by an ulp of the
+computation's own type (`x / sqrt(y)` for `x * rsqrt(y)`). Casts are never dropped, unless a value comes back from a wider type unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+
+from .shapes import broadcast, known_equal, known_ge, normal_dim, product, same_shape
+from .value import Dim, Shape, Value, ValueTable
+
+_WIDER = {
+    torch.bfloat16: (torch.float32, torch.float64),
+    torch.float16: (torch.float32, torch.float64),
+    torch.float32: (torch.float64,),
+    torch.int32: (torch.int64, torch.float64),
+    torch.bool: (torch.int64, torch.int32, torch.float32, torch.float64),
+}
+
+ELEMENTWISE = frozenset(
+    "add sub mul div neg square sqrt rsqrt reciprocal exp log tanh sigmoid silu gelu relu cos sin abs cast where clamp maximum minimum pow "
+    "softplus eq ne lt le gt ge logical_not logical_and logical_or bitwise_and bitwise_or bitwise_not erf sign floor round".split()
+)
+
+
+class Canon:
+    """Builds canonical values into a table."""
+
+    def __init__(self, table: ValueTable) -> None:
+        self.table = table
+        self._reduced: set[Value] = set()
+
+    # ---------------------------------------------------------------- leaves
+
+    def const(self, number: float | int | bool) -> Value:
+        return self.table.intern("const", (), {"value": number}, (), None)
+
+    def sym(self, expr: Dim) -> Value:
+        """A symbolic or plain integer size."""
+        if isinstance(expr, (int, sympy.Integer)):
+            return self.const(int(expr))
+        return self.table.intern("sym", (), {"expr": expr}, (), None)
+
+    # ---------------------------------------------------------------- casts
+
+    def cast(self, x: Value, dtype: torch.dtype) -> Value:
+        if x.dtype is None or x.dtype == dtype:
+            return x
+        if x.op == "cast":
+            inner = x.args[0]
+            if inner.dtype is not None and x.dtype in _WIDER.get(inner.dtype, ()):
+                return self.cast(inner, dtype)
+        return self.table.intern("cast", (x,), {"dtype": dtype}, x.shape, dtype)
+
+    # Below, casts move outside views, neg and cat, with which they commute exactly: a pattern that strips an optional cast then finds it.
+
+    # ---------------------------------------------------------------- elementwise
+
+    def unary(self, op: str, x: Value, **attrs: Any) -> Value:
+        if op == "neg":
+            if x.op == "neg":
+                return x.args[0]
+            if x.op == "cast":
+                return self.cast(self.unary("neg", x.args[0]), x.attrs["dtype"])
+        if op == "square":
+            if x.op == "sqrt":
+                return x.args[0]
+            if x.op == "neg":
+                x = x.args[0]
+        if op == "reciprocal":
+            if x.op == "sqrt":
+                return self.unary("rsqrt", x.args[0])
+            if x.op == "rsqrt":
+                return self.unary("sqrt", x.args[0])
+            sigmoid = self._as_sigmoid(x)
+            if sigmoid is not None:
+                return sigmoid
+        if self._is_squeezed_reduction(x):
+            return self.reshape(self._mark_reduced(self.unary(op, x.args[0], **attrs)), x.shape)
+        return self._mark_reduced(self.table.intern(op, (x,), attrs, x.shape, x.dtype), x)
+
+    # A reduction without keepdim, and arithmetic with numbers on it, is the kept form with the unit dimension dropped last.
+
+    def _is_squeezed_reduction(self, x: Value) -> bool:
+        return x.op == "reshape" and x.args[0] in self._reduced
+
+    def _mark_reduced(self, result: Value, operand: Value | None = None) -> Value:
+        if operand is None or operand in self._reduced:
+            self._reduced.add(result)
+        return result
+
+    def _as_sigmoid(self, denominator: Value) -> Value | None:
+        """1 / (1 + exp(-x)) is sigmoid(x)."""
+        if denominator.op != "add":
+            return None
+        a, b = denominator.args
+        if not is_number(b, 1):
+            a, b = b, a
+        if is_number(b, 1) and a.op == "exp" and a.args[0].op == "neg":
+            return self.unary("sigmoid", a.args[0].args[0])
+        return None
+
+    def binary(self, op: str, a: Value, b: Value, shape: Shape | None = None) -> Value:
+        """`op` on operands of one dtype (casts are the caller's); a constant operand stays a Python number."""
+        if shape is None:
+            shape = broadcast(a.shape, b.shape)
+        for x, y in ((a, b), (b, a)):
+            if self._is_squeezed_reduction(x) and y.ndim == 0 and same_shape(x.shape, shape):
+                kept = x.args[0]
+                pair = (kept, y) if x is a else (y, kept)
+                return self.reshape(self._mark_reduced(self.binary(op, *pair, kept.shape)), shape)
+        a, b = self._bare(a, b, shape), self._bare(b, a, shape)
+        result: Value = getattr(self, f"_{op}")(a, b, shape)
+        return self._mark_reduced(result, a if b.ndim == 0 else b if a.ndim == 0 else result)
+
+    def _bare(self, x: Value, other: Value, shape: Shape) -> Value:
+        """The operand without expands and leading unit dimensions that broadcasting supplies anyway."""
+        while x.op == "expand" or (x.op == "reshape" and _only_leading_ones(x)):
+            inner = x.args[0]
+            if not same_shape(broadcast(inner.shape, other.shape), shape):
+                break
+            x = inner
+        return x
+
+    def _emit(self, op: str, a: Value, b: Value, shape: Shape, commutative: bool) -> Value:
+        if commutative and (a.index > b.index):
+            a, b = b, a
+        dtype = a.dtype if a.dtype is not None else b.dtype
+        return self.table.intern(op, (a, b), {}, shape, dtype)
+
+    def _add(self, a: Value, b: Value, shape: Shape) -> Value:
+        if a.op == "neg" and b.op != "neg":
+            a, b = b, a
+        if b.op == "neg":
+            return self._sub(a, b.args[0], shape)
+        if is_number(a, 0) or is_number(b, 0):
+            other = b if is_number(a, 0) else a
+            if same_shape(other.shape, shape):
+                return other
+        return self._emit("add", a, b, shape, commutative=True)
+
+    def _sub(self, a: Value, b: Value, shape: Shape) -> Value:
+        if is_number(b, 0) and same_shape(a.shape, shape):
+            return a
+        number = number_of(b)
+        if number is not None and not isinstance(number, bool):
+            return self._add(a, self.const(-number), shape)
+        if b.op == "neg":
+            return self._add(a, b.args[0], shape)
+        if is_number(a, 0) and same_shape(b.shape, shape):
+            return self.unary("neg", b)
+        return self._emit("sub", a, b, shape, commutative=False)
+
+    def _mul(self, a: Value, b: Value, shape: Shape) -> Value:
+        if a is b and a.dtype is not None:
+            return self.unary("square", a)
+        for x, y in ((a, b), (b, a)):
+            if x.op == "neg":
+                return self.unary("neg", self._mul(x.args[0], y, shape))
+            if is_number(x, 1) and same_shape(y.shape, shape):
+                return y
+            if is_number(x, -1) and same_shape(y.shape, shape):
+                return self.unary("neg", y)
+            if x.op == "reciprocal":
+                return self._div(y, x.args[0], shape)
+            if x.op == "sigmoid" and x.args[0] is y:
+                return self.unary("silu", y)
+            reduced = self._scaled_reduction(y, number_of(x))
+            if reduced is not None:
+                return reduced
+        return self._emit("mul", a, b, shape, commutative=True)
+
+    def _div(self, a: Value, b: Value, shape: Shape) -> Value:
+        number = number_of(b)
+        if number is not None and number != 0 and a.dtype is not None and a.dtype.is_floating_point:
+            return self._mul(a, self.const(1.0 / number), shape)
+        if b.op == "sqrt":
+            return self._mul(a, self.unary("rsqrt", b.args[0]), shape)
+        if b.op == "rsqrt":
+            return self._mul(a, self.unary("sqrt", b.args[0]), shape)
+        if is_number(a, 1) and b.dtype is not None:
+            return self.unary("reciprocal", b)
+        sigmoid = self._as_sigmoid(b)
+        if sigmoid is not None:
+            return self._mul(a, sigmoid, shape)
+        if b.op == "sym" and a.op == "sum" and known_equal(b.attrs["expr"], _reduced_size(a)):
+            return self._mean_of(a)
+        softmax = self._as_softmax(a, b)
+        if softmax is not None:
+            return softmax
+        return self._emit("div", a, b, shape, commutative=False)
+
+    def _as_softmax(self, a: Value, b: Value) -> Value | None:
+        """exp(x - max(x)) / sum(exp(x - max(x))) is softmax(x)."""
+        if a.op != "exp" or b.op != "sum" or b.args[0] is not a or len(b.attrs["dims"]) != 1:
+            return None
+        x = a.args[0]
+        dim = b.attrs["dims"][0]
+        if x.op == "sub" and x.args[1].op == "amax" and x.args[1].args[0] is x.args[0] and x.args[1].attrs["dims"] == (dim,):
+            return self.softmax(x.args[0], dim)
+        return None
+
+    def power(self, x: Value, exponent: Value, shape: Shape) -> Value:
+        number = number_of(exponent)
+        if number is None or not same_shape(x.shape, shape):
+            return self._emit("pow", x, exponent, shape, commutative=False)
+        if number == 1:
+            return x
+        if number == 2:
+            return self.unary("square", x)
+        if number == 3:
+            return self._mul(self.unary("square", x), x, shape)
+        if number == -1:
+            return self.unary("reciprocal", x)
+        if number == 0.5:
+            return self.unary("sqrt", x)
+        if number == -0.5:
+            return self.unary("rsqrt", x)
+        return self.table.intern("pow", (x, exponent), {}, shape, x.dtype)
+
+    def _scaled_reduction(self, x: Value, number: float | int | bool | None) -> Value | None:
+        """sum(x) / N is a mean, and sqrt(sum(x)) / sqrt(N) the square root of one."""
+        if number is None or x.op not in ("sum", "sqrt"):
+            return None
+        total = x if x.op == "sum" else x.args[0]
+        if total.op != "sum":
+            return None
+        size = _reduced_size(total)
+        factor = number if x.op == "sum" else number * number
+        if not isinstance(size, int) or not math.isclose(factor * size, 1.0, rel_tol=1e-12):
+            return None
+        mean = self._mean_of(total)
+        return mean if x.op == "sum" else self.unary("sqrt", mean)
+
+    def _mean_of(self, total: Value) -> Value:
+        return self.table.intern("mean", total.args, dict(total.attrs), total.shape, total.dtype)
+
+    # ---------------------------------------------------------------- reductions
+
+    def reduce(self, op: str, x: Value, dims: Sequence[int] | None, keepdim: bool) -> Value:
+        """`op` over `dims` (all if None or empty), canonically with the reduced dimensions kept."""
+        axes = tuple(sorted(normal_dim(d, x.ndim) for d in dims)) if dims else tuple(range(x.ndim))
+        kept = tuple(1 if i in axes else d for i, d in enumerate(x.shape))
+        out = self._mark_reduced(self.table.intern(op, (x,), {"dims": axes}, kept, x.dtype))
+        return out if keepdim else self.reshape(out, tuple(d for i, d in enumerate(x.shape) if i not in axes))
+
+    def softmax(self, x: Value, dim: int) -> Value:
+        return self.table.intern("softmax", (x,), {"dim": normal_dim(dim, x.ndim)}, x.shape, x.dtype)
+
+    # ---------------------------------------------------------------- views
+
+    def reshape(self, x: Value, shape: Shape) -> Value:
+        if x.op == "reshape":
+            x = x.args[0]
+        if same_shape(x.shape, shape):
+            return x
+        if x.op == "cast":
+            return self.cast(self.reshape(x.args[0], shape), x.attrs["dtype"])
+        simpler = self._slice_of_split(x, shape) or self._interleaved(x, shape)
+        if simpler is not None:
+            return simpler
+        return self.table.intern("reshape", (x,), {"shape": shape}, shape, x.dtype)
+
+    def _slice_of_split(self, x: Value, shape: Shape) -> Value | None:
+        """Splitting a dimension into (A, B), taking one index of A or B and dropping it, is a slice of the whole dimension."""
+        if x.op != "slice" or x.args[0].op != "reshape":
+            return None
+        dim, start, split = x.attrs["dim"], x.attrs["start"], x.args[0]
+        if not known_equal(x.shape[dim], 1) or not same_shape(shape, x.shape[:dim] + x.shape[dim + 1 :]):
+            return None
+        whole = split.args[0]
+        if whole.ndim != split.ndim - 1:
+            return None
+        if dim > 0 and _merges(split.shape, whole.shape, dim - 1):  # took an index of B
+            step = split.shape[dim]
+            return self.slice(whole, dim - 1, start, whole.shape[dim - 1], step)
+        if dim + 1 < split.ndim and _merges(split.shape, whole.shape, dim):  # took an index of A
+            inner = split.shape[dim + 1]
+            return self.slice(whole, dim, start * inner, (start + 1) * inner, 1)
+        return None
+
+    def _interleaved(self, x: Value, shape: Shape) -> Value | None:
+        """stack((a, b), -1).flatten(-2) has a at even and b at odd positions."""
+        if x.op != "cat" or len(x.args) != 2 or x.attrs["dim"] != x.ndim - 1 or len(shape) != x.ndim - 1:
+            return None
+        if not known_equal(x.shape[-1], 2) or not same_shape(shape[:-1], x.shape[:-2]):
+            return None
+        parts = [self.reshape(part, part.shape[:-1]) for part in x.args]
+        if not all(known_equal(part.shape[-1] * 2, shape[-1]) for part in parts):
+            return None
+        return self.table.intern("interleave", parts, {}, shape, x.dtype)
+
+    def expand(self, x: Value, shape: Shape) -> Value:
+        if x.op == "expand":
+            x = x.args[0]
+        if same_shape(x.shape, shape):
+            return x
+        if x.op == "cast":
+            return self.cast(self.expand(x.args[0], shape), x.attrs["dtype"])
+        return self.table.intern("expand", (x,), {"shape": shape}, shape, x.dtype)
+
+    def permute(self, x: Value, dims: Sequence[int]) -> Value:
+        dims = tuple(normal_dim(d, x.ndim) for d in dims)
+        if x.op == "permute":
+            dims = tuple(x.attrs["dims"][d] for d in dims)
+            x = x.args[0]
+        if dims == tuple(range(x.ndim)):
+            return x
+        if x.op == "cast":
+            return self.cast(self.permute(x.args[0], dims), x.attrs["dtype"])
+        return self.table.intern("permute", (x,), {"dims": dims}, tuple(x.shape[d] for d in dims), x.dtype)
+
+    def slice(self, x: Value, dim: int, start: Dim | None, stop: Dim | None, step: Dim = 1, length: Dim | None = None) -> Value:
+        """x[start:stop:step] along dim; a negative bound counts from the end, a bound past the end is the end.
+
+        `length` is the resulting size, where it is known from elsewhere.
+        """
+        dim = normal_dim(dim, x.ndim)
+        size = x.shape[dim]
+        start = 0 if start is None else _bound(start, size)
+        stop = size if stop is None else _bound(stop, size)
+        if known_equal(start, 0) and known_equal(stop, size) and step == 1:
+            return x
+        if x.op == "cast":
+            return self.cast(self.slice(x.args[0], dim, start, stop, step, length), x.attrs["dtype"])
+        if x.op == "slice" and x.attrs["dim"] == dim and x.attrs["step"] == 1 and step == 1:
+            offset = x.attrs["start"]
+            return self.slice(x.args[0], dim, offset + start, offset + stop, 1)
+        if x.op == "cat" and x.attrs["dim"] == dim and step == 1:
+            inner = self._slice_of_cat(x, dim, start, stop)
+            if inner is not None:
+                return inner
+        if length is None:
+            length = stop - start if step == 1 else -(-(stop - start) // step)
+        shape = x.shape[:dim] + (_plain(length),) + x.shape[dim + 1 :]
+        attrs = {"dim": dim, "start": _plain(start), "stop": _plain(stop), "step": _plain(step)}
+        return self.table.intern("slice", (x,), attrs, shape, x.dtype)
+
+    def _slice_of_cat(self, x: Value, dim: int, start: Dim, stop: Dim) -> Value | None:
+        offset: Dim = 0
+        for part in x.args:
+            end = offset + part.shape[dim]
+            if known_ge(start, offset) and known_ge(end, stop):
+                return self.slice(part, dim, _plain(start - offset), _plain(stop - offset))
+            offset = end
+        return None
+
+    def cat(self, parts: Sequence[Value], dim: int) -> Value:
+        dim = normal_dim(dim, parts[0].ndim)
+        flat = [p for part in parts for p in (part.args if part.op == "cat" and part.attrs["dim"] == dim else (part,))]
+        flat = [part for part in flat if not known_equal(part.shape[dim], 0)] or flat[:1]
+        if len(flat) == 1:
+            return flat[0]
+        if all(part.op == "cast" and part.args[0].dtype == flat[0].args[0].dtype for part in flat):
+            return self.cast(self.cat([part.args[0] for part in flat], dim), flat[0].attrs["dtype"])
+        size: Dim = sum((part.shape[dim] for part in flat), start=0)
+        shape = flat[0].shape[:dim] + (_plain(size),) + flat[0].shape[dim + 1 :]
+        return self.table.intern("cat", flat, {"dim": dim}, shape, flat[0].dtype)
+
+    # ---------------------------------------------------------------- products
+
+    def matmul(self, a: Value, b: Value) -> Value:
+        """[..., M, K] @ [..., K, N]. Reshapes that only fold leading dimensions move behind the product."""
+        if a.ndim == 2 and a.op == "reshape" and b.ndim == 2:
+            inner = a.args[0]
+            if inner.ndim > 1 and known_equal(inner.shape[-1], a.shape[-1]):
+                return self.reshape(self.matmul(inner, b), (a.shape[0], b.shape[1]))
+        if a.ndim == 3 and b.ndim == 3 and a.op == "reshape" and b.op == "reshape":
+            left, right = a.args[0], b.args[0]
+            if _folds_batch(a, left) and _folds_batch(b, right) and same_shape(left.shape[:-2], right.shape[:-2]):
+                return self.reshape(self.matmul(left, right), (a.shape[0], a.shape[1], b.shape[2]))
+        batch = broadcast(a.shape[:-2], b.shape[:-2])
+        return self.table.intern("matmul", (a, b), {}, (*batch, a.shape[-2], b.shape[-1]), a.dtype)
+
+
+def number_of(x: Value) -> float | int | bool | None:
+    """The Python number that a value holds, if it is a constant."""
+    if x.op == "const":
+        number: float | int | bool = x.attrs["value"]
+        return number
+    if x.op == "full" and x.ndim == 0:
+        number = x.attrs["value"]
+        return number
+    if x.op == "cast" and x.ndim == 0 and x.dtype is not None and x.dtype.is_floating_point:
+        return number_of(x.args[0])
+    return None
+
+
+def is_number(x: Value, number: float) -> bool:
+    found = number_of(x)
+    return found is not None and not isinstance(found, bool) and found == number
+
+
+def _reduced_size(total: Value) -> Dim:
+    return product(total.args[0].shape[d] for d in total.attrs["dims"])
+
+
+def _only_leading_ones(view: Value) -> bool:
+    inner = view.args[0].shape
+    extra = view.ndim - len(inner)
+    return extra > 0 and all(d == 1 for d in view.shape[:extra]) and same_shape(view.shape[extra:], inner)
+
+
+def _merges(split: Shape, whole: Shape, dim: int) -> bool:
+    """Whether folding dimensions dim and dim+1 of `split` gives `whole`."""
+    return same_shape(split[:dim] + (_plain(split[dim] * split[dim + 1]),) + split[dim + 2 :], whole)
+
+
+def _folds_batch(folded: Value, inner: Value) -> bool:
+    return inner.ndim > 3 and same_shape(inner.shape[-2:], folded.shape[-2:])
+
+
+def _bound(bound: Dim, size: Dim) -> Dim:
+    if isinstance(bound, int):
+        if bound < 0:
+            bound = bound + size if not isinstance(size, int) else max(bound + size, 0)
+        elif isinstance(size, int):
+            bound = min(bound, size)
+        elif bound >= 2**62:
+            bound = size
+    elif known_ge(bound, size):
+        bound = size
+    return _plain(bound)
+
+
+def _plain(dim: Dim) -> Dim:
+    return int(dim) if isinstance(dim, sympy.Integer) else dim

@@ -1,0 +1,30 @@
+"""What holds for every test: a fresh compiler and random state, and an order that finds failures early."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Fast tests first; tests marked `gpu` only where there is a CUDA device.
+
+    They are deselected rather than skipped: a machine without a GPU has nothing to say about them.
+    """
+    if not torch.cuda.is_available():
+        on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=on_gpu)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state() -> Iterator[None]:
+    """Seeds the generators, and forgets what a test compiled: no test sees another's graphs or recompile counts."""
+    torch.manual_seed(0)
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

@@ -1,0 +1,63 @@
+"""Prints the path of a Python that has what tools/requirements.txt lists, after building its environment where that is not done yet.
+
+The environment lies outside the clone, in `${XDG_CACHE_HOME:-~/.cache}/npu-fusion/<key>`, and is shared by all clones with the same
+requirements, Python and machine type. The package itself is not in it: one clone's code must not be seen by another (tools/run adds the
+clone it stands in). Needs the standard library of Python 3.10 or newer (PYTHON=python3.x names another); all but the path goes to stderr.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+REQUIREMENTS = Path(__file__).resolve().parent / "requirements.txt"
+
+
+def cache_root() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "npu-fusion"
+
+
+def key() -> str:
+    """What decides whether two clones can share an environment: the requirements, and the Python that would be in it."""
+    version = f"{platform.python_implementation()} {platform.python_version()} {sysconfig.get_platform()} {sys.base_prefix}"
+    return hashlib.sha256(version.encode() + REQUIREMENTS.read_bytes()).hexdigest()[:16]
+
+
+def build(folder: Path) -> None:
+    """Make the virtual environment in `folder`, anew where an earlier attempt was cut short."""
+    print(f"npu-fusion: building the environment in {folder} (once; a few minutes)", file=sys.stderr, flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    venv.create(folder, with_pip=True, symlinks=True)
+    install = [str(folder / "bin" / "python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+    subprocess.run([*install, "--requirement", str(REQUIREMENTS)], check=True, stdout=sys.stderr)
+
+
+def ensure() -> Path:
+    """The environment's Python. Parallel callers wait for the one that builds; `complete` comes last, so half a build is never used."""
+    root = cache_root()
+    root.mkdir(parents=True, exist_ok=True)
+    folder = root / key()
+    complete = folder / "complete"
+    if not complete.exists():
+        with (root / f"{folder.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not complete.exists():
+                build(folder)
+                complete.touch()
+    return folder / "bin" / "python"
+
+
+if __name__ == "__main__":
+    try:
+        print(ensure())
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"npu-fusion: pip failed ({error.returncode}). NPU_FUSION_PYTHON names an existing environment's Python to use instead.")
