@@ -35,6 +35,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES, SHAPES, PHASES, ATTENTION = ("bf16", "fp32"), ("static", "dynamic"), ("prefill", "decode"), ("sdpa", "eager")
 BATCH, SEQUENCE = 2, 16
+WORKER = [sys.executable, __file__, "--worker"]
 
 
 @dataclass(frozen=True)
@@ -195,9 +196,9 @@ def _worker_results(cells: list[Cell], code: str, timeout: float) -> Iterator[Re
     """Results in the order of `cells`, up to the first that could not be had; that one's says why."""
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    command, pipe = [sys.executable, __file__, "--worker"], subprocess.PIPE
+    pipe = subprocess.PIPE
     # Unbuffered: a line that waits in a buffer of ours would not wake the selector.
-    worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment, bufsize=0)
+    worker = subprocess.Popen(WORKER, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=environment, bufsize=0)
     assert worker.stdin is not None
     assert worker.stdout is not None
     with worker, selectors.DefaultSelector() as selector:

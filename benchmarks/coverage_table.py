@@ -51,6 +51,9 @@ def document(results: Sequence[Result]) -> str:
         _by_configuration(measured),
         "## Why sites were missed",
         _reasons(measured),
+        "## More covered than executed",
+        "Where the report counts more sites than the hooks did; only as many as were executed count above.",
+        _surplus(measured),
         "## Numbers beyond the contract, and failures",
         _failures(results),
         "## By architecture",
@@ -140,6 +143,16 @@ def _reasons(results: Sequence[Result]) -> str:
                 where[column, UNRECOGNISED].add(result.cell.arch)
     rows = [[column, _escape(reason), str(count), _some(where[column, reason])] for (column, reason), count in sites.most_common()]
     return _table(["idiom", "reason", "sites", "architectures"], rows) if rows else "None was."
+
+
+def _surplus(results: Sequence[Result]) -> str:
+    sites: Counter[tuple[str, str]] = Counter()
+    for result in results:
+        for column, idioms in COLUMNS.items():
+            claimed = sum(result.covered.get(idiom, 0) for idiom in idioms)
+            sites[column, result.cell.arch] += max(0, claimed - sum(result.executed.get(idiom, 0) for idiom in idioms))
+    rows = [[column, arch, str(count)] for (column, arch), count in sorted(sites.items()) if count]
+    return _table(["idiom", "architecture", "sites"], rows) if rows else "None."
 
 
 def _failures(results: Sequence[Result]) -> str:

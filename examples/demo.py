@@ -24,7 +24,7 @@ import npu_fusion
 from npu_fusion.numerics import EAGER_FACTOR, error_bound, relative_error
 
 LAYERS, BATCH, PROMPT, CACHE = 4, 2, 32, 128
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "num_hidden_layers": LAYERS,
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -126,7 +126,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.steps < 2:
         parser.error("--steps takes 2 or more")
-    print(f"npu_fusion {npu_fusion.__version__}, torch {torch.__version__}: compiling plain transformers models", flush=True)
+    print(f"Compiling plain transformers models with npu_fusion, torch {torch.__version__}", flush=True)
     for case in cases():
         demonstrate(case, arguments.device, arguments.steps)
     print("\nBoth models fused and checked.")

@@ -22,6 +22,7 @@ from .aot import trace
 from .config import FusionConfig
 from .errors import NpuFusionError
 from .execute import Boxed, eager, execute, resolve_executor
+from .graph_breaks import break_reason
 from .record import GraphRecord
 from .reinplace import reinplace
 from .verify import compare
@@ -77,7 +78,7 @@ class FusionBackend:
         made: list[GraphRecord] = []
 
         def new_record() -> GraphRecord:
-            made.append(GraphRecord(config=config, notes=list(lifted.notes)))
+            made.append(GraphRecord(config=config, notes=list(lifted.notes), graph_break=break_reason(gm)))
             return made[-1]
 
         def compile_inference(graph: GraphModule, inputs: Sequence[Any]) -> Boxed:

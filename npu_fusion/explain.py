@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch._dynamo import eval_frame
+from torch._C._dynamo.eval_frame import reset_code
 from torch.fx import GraphModule
 
 from .backend import FusionBackend
@@ -59,7 +59,7 @@ def explain(
             raise
         raise own from error
     finally:
-        eval_frame.reset_code(entry.__code__)
+        reset_code(entry.__code__)
     session.note_silent_breaks()
     return FusionReport(session.backend.records, graph_breaks=session.breaks, config=config)
 

@@ -25,7 +25,7 @@ from .provenance import module_of, source_of
 from .record import IDIOMS, GraphRecord, Site
 from .report import FusionReport, package_version, short_source
 from .semantic import find_semantic_op
-from .table import config_line, cost_text, group_misses, headline, places
+from .table import config_line, cost_text, group_misses, headline, passed_over, places
 
 REPLACED = "npu_fusion_replaced"
 MAX_ARGS = 90
@@ -124,6 +124,7 @@ def render_html(report: FusionReport) -> str:
         bytes=cost_text(report.bytes_before, report.bytes_after, unit="B"),
         idioms=[(idiom, covered[idiom], totals[idiom], _ops_of(report, idiom)) for idiom in IDIOMS if totals[idiom]],
         misses=[(idiom, reason, len(sites), places(sites)) for idiom, reason, sites in group_misses(report.missed)],
+        passed_over=passed_over(report.sites),
         sites=_site_rows(report),
         graphs=[_graph_view(index, record) for index, record in enumerate(report.records)],
         versions=f"npu_fusion {package_version()}, torch {torch.__version__}",

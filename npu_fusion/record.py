@@ -73,6 +73,7 @@ class GraphRecord:
         rule_errors: rule name to the exception that made it skip a site.
         seconds: stage to the seconds spent in it.
         checks: what `verify=True` compares on the first run.
+        graph_break: why Dynamo ended the graph before the function did; None where it did not.
         calls: how often the compiled graph ran.
     """
 
@@ -83,4 +84,5 @@ class GraphRecord:
     rule_errors: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
+    graph_break: str | None = None
     calls: int = 0

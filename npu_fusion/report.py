@@ -41,6 +41,7 @@ from .errors import ConfigError, ReportError
 from .record import IDIOMS, GraphRecord, Site
 from .semantic import find_semantic_op
 from .symbols import symbol_names
+from .torch_private import compile_contexts_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -62,10 +63,7 @@ def report(compiled: Any) -> FusionReport:
 
     records = records_of(compiled)
     if not records:
-        raise ReportError(
-            f"there is nothing to report on {_describe(compiled)}: no graph of it was compiled by npu_fusion. Compile it with "
-            'torch.compile(..., backend="npu_fusion") and call it once before asking for the report'
-        )
+        raise ReportError(f"there is nothing to report on {_describe(compiled)}: {_why_no_records(compiled)}")
     return FusionReport(records)
 
 
@@ -82,7 +80,7 @@ class FusionReport:
         self, records: Sequence[GraphRecord], *, graph_breaks: Sequence[str] | None = None, config: FusionConfig | None = None
     ) -> None:
         self.records = tuple(records)
-        known = [getattr(record, "graph_break", None) for record in self.records] if graph_breaks is None else graph_breaks
+        known = [record.graph_break for record in self.records] if graph_breaks is None else graph_breaks
         self.graph_breaks: list[str] = list(dict.fromkeys(reason for reason in known if reason))
         self._config = config
 
@@ -328,6 +326,12 @@ def _after(record: GraphRecord) -> GraphModule | None:
 
 def _nodes(graph: GraphModule | None) -> list[torch.fx.Node]:
     return [] if graph is None else list(graph.graph.nodes)
+
+
+def _why_no_records(compiled: Any) -> str:
+    if not compile_contexts_of(compiled):
+        return 'it was never compiled. Give what torch.compile(..., backend="npu_fusion") returned'
+    return "npu_fusion compiled no graph of it. Call it once before asking for the report, and see that its backend is npu_fusion"
 
 
 def _describe(compiled: Any) -> str:

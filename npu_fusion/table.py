@@ -82,6 +82,12 @@ def group_misses(missed: Iterable[Site]) -> list[tuple[str, str, list[Site]]]:
     return [(idiom, reason, sites) for (idiom, reason), sites in ordered]
 
 
+def passed_over(sites: Iterable[Site]) -> list[str]:
+    """Why fused ops do not run as the best provider of the target would: one line for each op and reason."""
+    counts = Counter((site.op, site.lowered_to, site.reason) for site in sites if site.fused and site.reason)
+    return [f"{op} runs as {runs_as} (x{count}): {reason}" for (op, runs_as, reason), count in counts.most_common()]
+
+
 def places(sites: Iterable[Site]) -> list[str]:
     """Where sites are, one line for each source line, module paths that differ in an index alone written once: `layers.*.mlp (x48)`."""
     modules: dict[str, Counter[str]] = defaultdict(Counter)
@@ -170,6 +176,8 @@ def _cost_lines(report: FusionReport) -> Iterator[RenderableType]:
 def _remarks(report: FusionReport) -> Iterator[tuple[str, list[str]]]:
     if report.graph_breaks:
         yield f"{_plural(len(report.graph_breaks), 'graph break')}:", report.graph_breaks
+    if lines := passed_over(report.sites):
+        yield "Providers that could not take a call:", lines
     if report.rule_errors:
         yield "Rules that raised (their sites were skipped):", [f"{rule}: {error}" for rule, error in report.rule_errors.items()]
     if report.notes:

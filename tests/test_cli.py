@@ -11,10 +11,12 @@ import pytest
 import torch
 import transformers
 
+from npu_fusion import lower
 from npu_fusion.cli import environment, loading, main
 from npu_fusion.cli.loading import ModelOptions, load
 from npu_fusion.config import TARGETS
 from npu_fusion.errors import UnsupportedInputError
+from npu_fusion.lower import Provider
 
 TINY = {
     "model_type": "qwen3",
@@ -215,8 +217,15 @@ def test_ops_lists_ops_rules_and_providers(run: Run) -> None:
         assert name in result.out
 
 
-def test_ops_of_a_target(run: Run) -> None:
-    assert run("ops", "--target", "cpu").code == 0
+def test_ops_of_a_target(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, slow = (
+        Provider(name, "rms_norm", ("cpu",), refuses=lambda node, config: None, lower=lambda graph, node: None, rank=rank)
+        for rank, name in enumerate(("made.fast", "made.slow"))
+    )
+    monkeypatch.setattr(lower, "_PROVIDERS", [slow, fast])
+    assert "made.fast, made.slow, reference" in run("ops", "--target", "cpu").out
+    assert "made.fast (cpu), made.slow (cpu), reference" in run("ops").out
+    assert "made." not in run("ops", "--target", "ascend910b").out
     unknown = run("ops", "--target", "tpu")
     assert unknown.code == 2
     assert "unknown target 'tpu'" in unknown.err

@@ -41,7 +41,7 @@ def report_of(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None) -
     return dynamo_graph(fn, *args, dynamic=dynamic)[0].meta["report"]
 
 
-@pytest.fixture()
+@pytest.fixture
 def qkv() -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(2, 4, 5, 8), torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 8)
 

@@ -41,7 +41,8 @@ def test_linked_folders_refuse_their_bare_name(name: str) -> None:
 def test_our_kernels_do_not_stand_in_for_the_kernels_package() -> None:
     """transformers imports `kernels`, a package of the Hugging Face hub, where it finds one: ours must give way, installed or not."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    run = _python("-c", "from transformers.utils.import_utils import is_kernels_available as found; import transformers.activations; print(found())")
+    code = "from transformers.utils.import_utils import is_kernels_available as found; import transformers.activations; print(found())"
+    run = _python("-c", code)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "False"
 
@@ -69,7 +70,7 @@ def test_wheel_and_sdist_hold_the_linked_folders(tmp_path: Path) -> None:
     source.mkdir()
     listed = subprocess.run(["tar", "-C", str(ROOT), "-cf", "-", *_sources()], capture_output=True, check=True).stdout
     subprocess.run(["tar", "-C", str(source), "-xf", "-"], input=listed, check=True)
-    code = "from setuptools import build_meta as b; import sys; b.build_sdist(sys.argv[1]); b.build_wheel(sys.argv[1])"
+    code = "import sys; from setuptools import build_meta as b; target = sys.argv[1]; b.build_sdist(target); b.build_wheel(target)"
     run = _python("-c", code, str(tmp_path), path=source)
     assert run.returncode == 0, run.stderr
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -166,6 +167,15 @@ def test_table() -> None:
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_a_provider_passed_over_is_told_of() -> None:
+    record = make_record()
+    record.sites[0] = dataclasses.replace(record.sites[0], reason="npu.npu_rms_norm: the hidden size 8 is not a multiple of 16")
+    line = "rms_norm runs as reference (x1): npu.npu_rms_norm: the hidden size 8 is not a multiple of 16"
+    assert line in str(FusionReport([record]))
+    assert line in render_html(FusionReport([record]))
+    assert FusionReport([record]).missed == FusionReport([make_record()]).missed
+
+
 def test_table_names_symbols() -> None:
     made = make_report(dynamic=True)
     (symbol,) = made.bytes_after.free_symbols
@@ -272,9 +282,27 @@ def test_html_shows_reasons_types_and_sources_escaped() -> None:
     assert "model.py:12" in text
 
 
-def test_report_of_something_never_compiled() -> None:
-    with pytest.raises(ReportError, match="no graph of it was compiled by npu_fusion"):
+def test_report_of_what_ran() -> None:
+    compiled = torch.compile(plain_norm, backend="npu_fusion")
+    with pytest.raises(ReportError, match="Call it once before asking for the report"):
+        report(compiled)
+    with torch.no_grad():
+        compiled(torch.ones(2, HIDDEN), torch.ones(HIDDEN))
+        compiled(torch.ones(2, HIDDEN), torch.ones(HIDDEN))
+    made = report(compiled).expect(rms_norm=1)
+    assert [record.calls for record in made.records] == [2]
+    assert made.effective_config == FusionConfig(target="cpu", executor="eager")
+    assert {site.lowered_to for site in made.sites} == {"reference"}
+
+
+def test_report_of_something_else() -> None:
+    with pytest.raises(ReportError, match="'Linear': it was never compiled"):
         report(torch.nn.Linear(2, 2))
+    other = torch.compile(torch.nn.Linear(2, 2), backend="eager")
+    with torch.no_grad():
+        other(torch.ones(1, 2))
+    with pytest.raises(ReportError, match="see that its backend is npu_fusion"):
+        report(other)
 
 
 def test_words() -> None:

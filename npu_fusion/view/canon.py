@@ -13,6 +13,7 @@ from typing import Any
 import sympy
 import torch
 
+from .gelu import gelu_of
 from .shapes import broadcast, known_equal, known_ge, normal_dim, product, same_shape
 from .value import Dim, Shape, Value, ValueTable
 
@@ -175,6 +176,9 @@ class Canon:
             reduced = self._scaled_reduction(y, number_of(x))
             if reduced is not None:
                 return reduced
+        gelu = gelu_of(a, b)
+        if gelu is not None and same_shape(gelu[0].shape, shape):
+            return self.unary("gelu", gelu[0], approximate=gelu[1])
         return self._emit("mul", a, b, shape, commutative=True)
 
     def _div(self, a: Value, b: Value, shape: Shape) -> Value:

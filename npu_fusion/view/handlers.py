@@ -96,6 +96,8 @@ def _clamp(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     high = args[2] if name in ("clamp", "clip") else args[1] if name == "clamp_max" else None
     shape, dtype = meta_of(node)
     operands = [b.cast_operand(args[0], dtype)]
+    if high is None and low == 0 and not isinstance(low, Node):
+        return b.canon.unary("relu", operands[0])
     operands += [b.operand(bound) for bound in (low, high) if bound is not None]
     return b.table.intern("clamp", operands, {"low": low is not None, "high": high is not None}, shape, dtype)
 
@@ -110,6 +112,15 @@ def _unary(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
 @handles("gelu")
 def _gelu(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     return b.canon.unary("gelu", b.operand(args[0]), approximate=args[1])
+
+
+@handles("glu")
+def _glu(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
+    """The first half times the sigmoid of the second."""
+    x, shape = b.operand(args[0]), meta_of(node)[0]
+    dim = normal_dim(args[1], x.ndim)
+    first, second = (b.canon.slice(x, dim, start, start + shape[dim]) for start in (0, shape[dim]))
+    return b.canon.binary("mul", first, b.canon.unary("sigmoid", second), shape)
 
 
 @handles("logical_not", "bitwise_not")

@@ -98,7 +98,7 @@ def decode_inputs(model: nn.Module, batch: int, past: int, seed: int = 0) -> dic
     any gets the whole sequence.
     """
     tokens = _tokens(model, batch, past + 1, seed)
-    if model.config.model_type in NO_CACHE:
+    if _model_type(model) in NO_CACHE:
         return {"input_ids": tokens, "use_cache": False}
     inputs = prefill_inputs(model, batch, past, seed)
     inputs["input_ids"] = tokens[:, :past]
@@ -153,6 +153,11 @@ def _tokens(model: nn.Module, batch: int, seq: int, seed: int) -> Tensor:
     return torch.randint(FIRST_TOKEN, VOCABULARY, (batch, seq), generator=generator).to(device)
 
 
+def _model_type(model: nn.Module) -> str:
+    config: Any = model.config
+    return str(config.model_type)
+
+
 def _takes(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
@@ -163,10 +168,10 @@ def _cache_argument(model: nn.Module) -> str:
 
 def _static_cache(model: nn.Module, batch: int) -> StaticCache | None:
     """An empty static cache whose tensors are there already, or None for a model that takes none."""
-    config: Any = model.config
     takes_cache = any(_takes(model, name) for name in CACHE_ARGUMENTS)
-    if not takes_cache or config.model_type in NO_STATIC_CACHE | NO_CACHE:
+    if not takes_cache or _model_type(model) in NO_STATIC_CACHE | NO_CACHE:
         return None
+    config: Any = model.config
     cache = StaticCache(config, max_cache_len=MAX_CACHE_LEN)
     with torch.no_grad():
         model(input_ids=_tokens(model, batch, 1, 0), use_cache=True, **{_cache_argument(model): cache})
