@@ -1,8 +1,9 @@
 # Every target builds the environment it needs, once, outside the clone (tools/environment.py).
-# NPU_FUSION_PYTHON=... uses an existing environment instead; JOBS=n runs the tests in n processes (1: in this one).
+# NPU_FUSION_PYTHON=... uses an existing environment instead; JOBS=n runs the tests in n processes, by pytest-xdist
+# (1: in this one).
 
 RUN := tools/run
-JOBS ?= 2
+JOBS ?= $(if $(NPU_FUSION_PYTHON),1,2)
 PYTEST_ARGS ?=
 
 CARRY_PYTEST := \

@@ -48,6 +48,9 @@ class Cell:
     phase: str
     attention: str
 
+    def __str__(self) -> str:
+        return "-".join((self.arch, self.dtype, self.shapes, self.phase, self.attention))
+
 
 @dataclass
 class Result:

@@ -10,6 +10,7 @@ addresses that the graph may not copy:
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule
 
 from . import torch_private
+from .record import GraphRecord
 
 logger = logging.getLogger(__name__)
 
@@ -85,32 +87,61 @@ class _Capture:
         return results
 
 
-def capture(run: Boxed, gm: GraphModule) -> Boxed:
+def capture(run: Boxed, gm: GraphModule, record: GraphRecord) -> Boxed:
     """A boxed function that captures `run` when it meets new sizes or addresses, and replays it otherwise.
+
+    A graph that turns out not to be capturable, e.g. because it copies from the host, runs eagerly from then on; the record says so.
 
     Args:
         run: the boxed function that runs `gm` eagerly.
         gm: the lowered graph; `unsuitable(gm)` is None.
+        record: the graph's record.
     """
-    device_module = torch.get_device_module(next(val.device for val in _values(gm) if val.device.type != "cpu"))
-    in_place = _written_inputs(gm) | set(torch_private.static_input_indices())
-    captures: OrderedDict[tuple[Any, ...], _Capture] = OrderedDict()
+    replayer = _Replayer(run, gm, record)
 
-    def replay(inputs: list[Any]) -> Any:
-        key = tuple(_key(x, i in in_place) for i, x in enumerate(inputs))
+    def call(inputs: list[Any]) -> Any:
+        return replayer(inputs)
+
+    return torch_private.boxed(call)
+
+
+class _Replayer:
+    def __init__(self, run: Boxed, gm: GraphModule, record: GraphRecord) -> None:
+        self.run = run
+        self.record = record
+        self.device_module = torch.get_device_module(next(val.device for val in _values(gm) if val.device.type != "cpu"))
+        self.in_place = _written_inputs(gm) | set(torch_private.static_input_indices())
+        self.captures: OrderedDict[tuple[Any, ...], _Capture] = OrderedDict()
+        self.capturable = True
+
+    def __call__(self, inputs: list[Any]) -> Any:
+        if not self.capturable:
+            return self.run(inputs)
+        key = tuple(_key(x, i in self.in_place) for i, x in enumerate(inputs))
         arguments = list(inputs)
         inputs.clear()
-        if key in captures:
-            captures.move_to_end(key)
-            return captures[key].replay(arguments)
-        if len(captures) >= CAPTURES_KEPT:
-            captures.popitem(last=False)
-        copied = [i for i, x in enumerate(arguments) if _is_copied(x) and i not in in_place]
-        results = run(list(arguments))
-        captures[key] = _record(run, arguments, copied, device_module)
+        if key in self.captures:
+            self.captures.move_to_end(key)
+            return self.captures[key].replay(arguments)
+        # This run is the caller's; it warms kernels up as well. The capture after it computes nothing.
+        results = self.run(list(arguments))
+        self._capture(key, arguments)
         return results
 
-    return torch_private.boxed(replay)
+    def _capture(self, key: tuple[Any, ...], arguments: list[Any]) -> None:
+        copied = [i for i, x in enumerate(arguments) if _is_copied(x) and i not in self.in_place]
+        try:
+            taken = _record(self.run, arguments, copied, self.device_module)
+        except RuntimeError as error:
+            logger.warning("a graph cannot be captured and runs eagerly", exc_info=error)
+            self.record.config = dataclasses.replace(self.record.config, executor="eager")
+            self.record.notes.append(f"executor eager in place of graph: capture failed: {str(error).splitlines()[0]}")
+            self.capturable = False
+            self.captures.clear()
+            return
+        if len(self.captures) >= CAPTURES_KEPT:
+            self.captures.popitem(last=False)
+        self.captures[key] = taken
 
 
 def _is_copied(value: Any) -> bool:
@@ -128,7 +159,7 @@ def _key(value: Any, in_place: bool) -> Any:
 
 
 def _record(run: Boxed, arguments: list[Any], copied: Sequence[int], device_module: Any) -> _Capture:
-    """Capture, which records launches and runs nothing; the caller ran the graph once before, and so has warmed kernels up."""
+    """Capture one run: its launches are recorded, nothing is computed."""
     buffers = {i: arguments[i].clone() for i in copied}
     captured = [buffers.get(i, x) for i, x in enumerate(arguments)]
     device_module.synchronize()

@@ -44,7 +44,7 @@ def execute(gm: GraphModule, example_inputs: Sequence[Any], record: GraphRecord)
 
         reason = unsuitable(gm)
         if reason is None:
-            return capture(eager(gm), gm)
+            return capture(eager(gm), gm, record)
         record.config = dataclasses.replace(record.config, executor="eager")
         record.notes.append(f"executor eager in place of graph: {reason}")
         logger.info("graph executor: running eagerly, %s", reason)

@@ -31,6 +31,7 @@ class Match:
         bindings: name to value, literal, attribute or form.
         visited: values that the pattern ran through, among them those of absorbed semantic forms.
         config: the configuration in force.
+        parts: the matches whose semantic forms it absorbs.
         call: the semantic call that replaces the match's outputs.
         sites: (idiom, value) pairs that the match covers, those of absorbed forms included.
     """
@@ -41,6 +42,7 @@ class Match:
     visited: frozenset[Value]
     config: FusionConfig
     view: View
+    parts: tuple[Match, ...] = ()
     call: Call = None  # type: ignore[assignment]  # set once the rule has accepted the match
     sites: tuple[tuple[str, Value], ...] = ()
 
@@ -177,7 +179,8 @@ class _Matcher:
     def _match_root(self, rule: Rule, root: Value) -> Failure | None:
         state = State()
         for _ in rule.pattern.match(root, state):
-            match = Match(rule, root, dict(state.bindings), _visited(state), self.config, self.view)
+            parts = tuple(dict.fromkeys(form.match for form in state.forms))
+            match = Match(rule, root, dict(state.bindings), _visited(state), self.config, self.view, parts)
             rejected = rule.check(match) if rule.check is not None else None
             if rejected is None:
                 self._accept(match, rule.rewrite(match), _sites(rule, match, state.forms))
@@ -223,7 +226,7 @@ class _Matcher:
         members = [form.match for form in group]
         visited = frozenset().union(*(member.visited for member in members))
         bindings = {f"member{i}": member for i, member in enumerate(members)}
-        match = Match(rule, members[0].root, bindings, visited, self.config, self.view)
+        match = Match(rule, members[0].root, bindings, visited, self.config, self.view, tuple(members))
         sites = tuple(dict.fromkeys(site for member in members for site in member.sites))
         self._accept(match, rule.combine(group), sites)
 

@@ -7,6 +7,8 @@ shape or dtype wrong loses the site, not the model.
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import logging
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -49,8 +51,7 @@ class RewriteResult:
 def rewrite(gm: GraphModule, view: View, matches: Iterable[Match], keep_checks: bool = False) -> RewriteResult:
     """Apply the matches to the graph of `gm`, in place. `keep_checks` records what `verify=True` needs to compare them with the original."""
     rewriter = _Rewriter(gm, view, keep_checks)
-    for match in sorted(matches, key=lambda m: max(view.position[n] for n in output_nodes(view, m)), reverse=True):
-        rewriter.apply(match)
+    rewriter.run(matches)
     rewriter.finish()
     gm.recompile()
     return rewriter.result
@@ -80,17 +81,38 @@ class _Rewriter:
 
     # ---------------------------------------------------------------- one match
 
-    def apply(self, match: Match) -> None:
+    def run(self, matches: Iterable[Match]) -> None:
+        """Apply the matches, consumers before producers. In place of one that does not fit, the matches that it would have absorbed."""
+        pending: list[tuple[int, int, Match]] = []
+        counter = itertools.count()
+
+        def push(match: Match) -> None:
+            last = max((self.view.position[node] for node in output_nodes(self.view, match)), default=0)
+            heapq.heappush(pending, (-last, next(counter), match))
+
+        for match in matches:
+            push(match)
+        while pending:
+            _, _, match = heapq.heappop(pending)
+            if not self._try(match):
+                for part in match.parts:
+                    push(part)
+
+    def _try(self, match: Match) -> bool:
+        """Apply one match, unless nothing needs it any more. False if it does not fit; the graph is then as it was."""
         outputs = [node for node in output_nodes(self.view, match) if self._live_users(node)]
         if not outputs:
-            return
+            return True
         try:
             self._apply(match, outputs)
-        except _Rejected as reason:
+        except Exception as error:  # a rule's arguments may make any op's fake kernel raise: the site stays as it is
             for node in reversed(self.emitted):
                 self.graph.erase_node(node)
-            self.result.skipped[match] = str(reason)
-            log.debug("match of %r not applied: %s", match.rule.name, reason)
+            self.result.skipped[match] = str(error) if isinstance(error, _Rejected) else f"{type(error).__name__}: {error}"
+            level = logging.DEBUG if isinstance(error, _Rejected) else logging.WARNING
+            log.log(level, "match of rule %r not applied: %s", match.rule.name, self.result.skipped[match])
+            return False
+        return True
 
     def _apply(self, match: Match, outputs: list[Node]) -> None:
         self.emitted = []

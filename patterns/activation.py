@@ -8,23 +8,23 @@ The canonical view has made `silu`, `gelu` and `sigmoid` of what models write by
 from __future__ import annotations
 
 from npu_fusion.match import Match
-from npu_fusion.pattern import Pattern, any_of, gelu, lit, op, opt_cast, prod, relu, sigmoid, silu, square, tanh
+from npu_fusion.pattern import Pattern, any_of, gelu, lit, op_any_args, opt_cast, prod, relu, sigmoid, silu, square, tanh
 from npu_fusion.view import Value
 
-NAMES = ("silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "relu", "relu2")
-"""The activations of the semantic op `glu` that a model can write."""
+NAMES = ("silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "relu2", "relu")
+"""Activations that the semantic op `glu` knows."""
 
-UNSUPPORTED = ("softplus", "elu", "celu", "selu", "mish", "leaky_relu", "hardswish", "hardsigmoid", "hardtanh", "log_sigmoid_forward")
-"""Activations of PyTorch that no fused op has."""
+OTHERS = ("softplus", "elu", "mish", "leaky_relu", "hardswish", "hardsigmoid", "hardtanh")
+"""Activations of PyTorch that no fused op knows; `celu`, `selu`, `relu6` and `logsigmoid` are written in terms of these in ATen."""
 
 
 def slope(x: Pattern) -> Pattern:
-    """The sigmoid inside a silu whose x and sigmoid differ in type, or that has a slope: sigmoid(x) or sigmoid(alpha x)."""
+    """sigmoid(x) or sigmoid(alpha x), in whatever type it is computed."""
     return opt_cast(sigmoid(opt_cast(any_of(x * lit("alpha"), x))))
 
 
 def activation(x: Pattern) -> Pattern:
-    """An activation of x, in whatever type it is computed."""
+    """An activation of x."""
     return any_of(
         any_of(silu(x), prod(x, slope(x))).as_("activation.silu"),
         gelu(x, approximate="none").as_("activation.gelu"),
@@ -36,37 +36,28 @@ def activation(x: Pattern) -> Pattern:
     )
 
 
+def other_activation() -> Pattern:
+    """An activation of PyTorch that no fused op knows."""
+    return any_of(*(op_any_args(name) for name in OTHERS))
+
+
 def activation_of(m: Match) -> str:
-    """The name of the activation that the match found."""
-    return next(name for name in NAMES if f"activation.{name}" in m)
+    """The name of the activation that the match found; a match without one is of a silu spread over a product."""
+    return next((name for name in NAMES if f"activation.{name}" in m), "silu")
 
 
-_TRANSPARENT = frozenset(
-    "cast reshape permute expand neg clamp square sqrt exp abs silu gelu sigmoid tanh relu erf".split() + list(UNSUPPORTED)
+_ONE_TENSOR = frozenset("cast reshape permute neg clamp square sqrt rsqrt exp abs silu gelu sigmoid tanh relu erf".split()) | frozenset(
+    OTHERS
 )
 
 
 def source_of(value: Value) -> Value:
-    """The tensor of which the value is an elementwise function, of that tensor alone."""
-    while True:
-        if value.op in _TRANSPARENT and value.args:
+    """The tensor of which the value is an elementwise function, with numbers but without other tensors."""
+    while value.args:
+        if value.op in _ONE_TENSOR:
             value = value.args[0]
         elif value.op in ("add", "mul", "sub", "div") and any(arg.ndim == 0 for arg in value.args):
             value = next((arg for arg in value.args if arg.ndim), value.args[0])
-        elif value.op in ("mul", "add") and source_of(value.args[0]) is source_of(value.args[1]):
-            value = source_of(value.args[0])
         else:
-            return value
-
-
-def is_unsupported(value: Value) -> bool:
-    return value.op in UNSUPPORTED
-
-
-def unsupported() -> Pattern:
-    """An activation that PyTorch has and the fused ops have not."""
-    return any_of(*(op_any(name) for name in UNSUPPORTED))
-
-
-def op_any(name: str) -> Pattern:
-    return op(name)
+            break
+    return value

@@ -125,6 +125,27 @@ class TestGraph:
         assert capture._key(here, False) != capture._key(there, False)
         assert capture._key(here, True)[-1] == here.data_ptr()
 
+    def test_a_capture_that_fails_leaves_the_graph_running(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        """The run before the capture was the caller's; nothing is computed twice, in place or not."""
+
+        def failing(*_: object) -> None:
+            raise RuntimeError("Cannot copy between CPU and CUDA tensors\nat length")
+
+        monkeypatch.setattr(capture, "_record", failing)
+        monkeypatch.setattr(torch, "get_device_module", lambda device: torch.cpu)
+        with torch.device("meta"):
+            gm = graph_of(lambda x: (aten.add_(x, 1),), torch.zeros(()))
+        record = record_for("graph")
+        x = torch.zeros(())
+        run = capture.capture(eager(gm), gm, record)
+        with caplog.at_level("WARNING", "npu_fusion"):
+            for step in (1, 2, 3):
+                run([x])
+                assert torch.equal(x, torch.tensor(float(step)))
+        assert len(caplog.records) == 1
+        assert record.config.executor == "eager"
+        assert record.notes == ["executor eager in place of graph: capture failed: Cannot copy between CPU and CUDA tensors"]
+
     @pytest.mark.gpu
     def test_replays_with_new_values_caches_in_place_and_host_scalars(self) -> None:
         def step(x: Tensor, cache: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

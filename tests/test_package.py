@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -92,6 +96,60 @@ def test_wheel_and_sdist_hold_the_linked_folders(tmp_path: Path) -> None:
     run = _python("-c", code, path=tmp_path / "installed", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip().startswith(str(tmp_path / "installed"))
+
+
+@pytest.fixture
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """tools/environment.py with a cache of its own, where building makes an empty file and notes that it did."""
+    spec = importlib.util.spec_from_file_location("environment", ROOT / "tools" / "environment.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "REQUIREMENTS", tmp_path / "requirements.txt")
+    module.REQUIREMENTS.write_text("torch==2.13.0\n")
+
+    def build(folder: Path) -> None:
+        time.sleep(0.2)  # long enough for other callers to arrive
+        (folder / "bin").mkdir(parents=True)
+        (folder / "bin" / "python").touch()
+        with (tmp_path / "builds").open("a") as builds:
+            builds.write("x")
+
+    monkeypatch.setattr(module, "build", build)
+    return module
+
+
+def test_environment_is_built_once_for_parallel_callers(environment: ModuleType, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        pythons = list(pool.map(lambda _: environment.ensure(), range(4)))
+    assert len(set(pythons)) == 1
+    assert pythons[0].exists()
+    assert tmp_path in pythons[0].parents
+    assert (tmp_path / "builds").read_text() == "x"
+
+
+def test_environment_is_another_for_other_requirements(environment: ModuleType) -> None:
+    first = environment.ensure()
+    environment.REQUIREMENTS.write_text("torch==2.11.0\n")
+    second = environment.ensure()
+    assert first != second
+    assert first.exists()
+
+
+def test_half_a_build_is_not_used(environment: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(folder: Path) -> None:
+        (folder / "bin").mkdir(parents=True)
+        (folder / "bin" / "python").touch()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(environment, "build", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            environment.ensure()
+    environment.ensure()
+    assert (tmp_path / "builds").read_text() == "x"
 
 
 def _sources() -> list[str]:

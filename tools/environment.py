@@ -33,9 +33,8 @@ def key() -> str:
 
 
 def build(folder: Path) -> None:
-    """Make the virtual environment in `folder`, anew where an earlier attempt was cut short."""
+    """Make the virtual environment in `folder`."""
     print(f"npu-fusion: building the environment in {folder} (once; a few minutes)", file=sys.stderr, flush=True)
-    shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=True, symlinks=True)
     install = [str(folder / "bin" / "python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     subprocess.run([*install, "--requirement", str(REQUIREMENTS)], check=True, stdout=sys.stderr)
@@ -51,6 +50,7 @@ def ensure() -> Path:
         with (root / f"{folder.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not complete.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # what an attempt that was cut short left there
                 build(folder)
                 complete.touch()
     return folder / "bin" / "python"

@@ -19,6 +19,7 @@ _COLLECTIVE_NAMESPACES = frozenset({"_c10d_functional", "c10d_functional", "c10d
 
 Handler = Callable[["ViewBuilder", Node, "list[Any]"], "Value | None"]
 _HANDLERS: dict[str, Handler] = {}
+_HANDLED: set[str] = set()  # names of ATen ops of which some overload has a handler
 
 
 class View:
@@ -28,6 +29,8 @@ class View:
         table: all values.
         of: FX node to its value; tuple-valued nodes have a value too, and their `getitem`s another.
         nodes: value to every FX node that computes it, in graph order.
+        position: FX node to its place in the graph.
+        overwritten: FX node to the first node that writes into its memory. Its value stands for what it held before.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -37,6 +40,7 @@ class View:
         self.of: dict[Node, Value] = {}
         self.nodes: dict[Value, list[Node]] = {}
         self.position: dict[Node, int] = {}
+        self.overwritten: dict[Node, Node] = {}
 
     def bind(self, node: Node, value: Value) -> None:
         self.of[node] = value
@@ -51,6 +55,8 @@ def build_view(graph: Graph) -> View:
     for position, node in enumerate(graph.nodes):
         builder.view.position[node] = position
         builder.visit(node)
+        if is_mutating(node):
+            builder.overwrite(node)
     return builder.view
 
 
@@ -60,6 +66,8 @@ class ViewBuilder:
         self.canon = view.canon
         self.table = view.table
         self._handlers: dict[Any, tuple[Handler | None, Any]] = {}
+        self._by_storage: dict[int, list[Node]] = {}
+        self._indexed = 0
 
     def visit(self, node: Node) -> None:
         if node.op == "output":
@@ -71,6 +79,25 @@ class ViewBuilder:
         if value is None:
             value = self._call(node)
         self.view.bind(node, value)
+
+    def overwrite(self, mutation: Node) -> None:
+        """Everything that shares memory with what the node writes has another value from here on."""
+        written = _written_by(mutation)
+        self._index_storages()
+        for storage in {storage for node in written for storage in _storages(node)}:
+            for node in self._by_storage[storage]:
+                if node in self.view.of:
+                    self.view.overwritten.setdefault(node, mutation)
+                    shape, dtype = meta_of(node)
+                    self.view.of[node] = self.table.unique("overwritten", (self.view.of[mutation],), {}, shape, dtype)
+
+    def _index_storages(self) -> None:
+        """Enter the nodes visited since the last time. Only graphs with mutations pay for this."""
+        nodes = list(self.view.position)
+        for node in nodes[self._indexed :]:
+            for storage in _storages(node):
+                self._by_storage.setdefault(storage, []).append(node)
+        self._indexed = len(nodes)
 
     # ---------------------------------------------------------------- nodes
 
@@ -106,7 +133,9 @@ class ViewBuilder:
             value = handler(self, node, arguments)
             if value is not None:
                 return value
-        return self._generic(node, schema, arguments, canonical=handler is None)
+        if torch.Tag.nondeterministic_seeded in target.tags:  # after the handlers: dropout outside training is not random
+            return self.opaque(node)
+        return self._generic(node, schema, arguments)
 
     def _getitem(self, node: Node) -> Value:
         source, index = node.args
@@ -122,13 +151,13 @@ class ViewBuilder:
     def opaque(self, node: Node) -> Value:
         """A value equal to no other, with the node's tensor inputs as operands."""
         shape, dtype = meta_of(node)
-        name = node.target._opname if isinstance(node.target, OpOverload) else str(node.target)
+        name = _name_of(node.target) if isinstance(node.target, OpOverload) else str(node.target)
         return self.table.unique(name, [self.view.of[n] for n in node.all_input_nodes], {"opaque": True}, shape, dtype)
 
-    def _generic(self, node: Node, schema: Any, arguments: list[Any], canonical: bool) -> Value:
+    def _generic(self, node: Node, schema: Any, arguments: list[Any]) -> Value:
         """Any other pure op: operands by value, everything else by schema name.
 
-        A form of a known op that its handler does not understand gets another name, so that no pattern takes it for the canonical one.
+        An overload of a known op that no handler understands gets another name, so that no pattern takes it for the canonical one.
         """
         operands: list[Value] = []
         attrs: dict[str, Any] = {}
@@ -144,10 +173,10 @@ class ViewBuilder:
         shape, dtype = meta_of(node)
         target = node.target
         assert isinstance(target, OpOverload)
-        if target.namespace != "aten":
-            attrs["namespace"] = target.namespace
         attrs["overload"] = target._overloadname
-        name = target._opname if canonical else f"{target._opname}:{target._overloadname}"
+        name = _name_of(target)
+        if target.namespace == "aten" and name in _HANDLED:
+            name = f"{name}:{target._overloadname}"
         return self.table.intern(name, operands, attrs, shape, dtype)
 
     # ---------------------------------------------------------------- operands
@@ -164,37 +193,68 @@ class ViewBuilder:
             return to_dim(argument.meta["val"])
         return int(argument)
 
-    def cast_operand(self, argument: Any, dtype: torch.dtype | None) -> Value:
-        """The operand in the type in which the op computes: type promotion, made explicit. 0-d tensors and numbers do not promote."""
+    def cast_operand(self, argument: Any, dtype: torch.dtype | None, shape: Shape = ()) -> Value:
+        """The operand in the type in which the op computes: type promotion, made explicit.
+
+        Numbers stay numbers, and so do 0-d tensors in an op whose result has dimensions: they do not promote.
+        """
         value = self.operand(argument)
-        if value.dtype is None or dtype is None or value.ndim == 0:
+        if value.dtype is None or dtype is None or (value.ndim == 0 and shape):
             return value
         return self.canon.cast(value, dtype)
 
 
 def handles(*names: str) -> Callable[[Handler], Handler]:
-    """Declare the handler of ATen or prims ops, by name without overload."""
+    """Declare the handler of ATen ops by name, with or without overload, or of another namespace's as `namespace::name`."""
 
     def register(handler: Handler) -> Handler:
         for name in names:
             _HANDLERS[name] = handler
+            _HANDLED.add(name.partition(".")[0])
         return handler
 
     return register
 
 
 def _find_handler(target: Any) -> Handler | None:
-    if isinstance(target, OpOverload) and target.namespace in ("aten", "prims"):
+    if isinstance(target, OpOverload) and target.namespace == "aten":
         return _HANDLERS.get(f"{target._opname}.{target._overloadname}") or _HANDLERS.get(target._opname)
     if isinstance(target, OpOverload):
         return _HANDLERS.get(f"{target.namespace}::{target._opname}")
     return None
 
 
+def _name_of(target: OpOverload) -> str:
+    """The operator's name in the view: ATen's ops, and torch functions lifted before AOT, are known by their bare names."""
+    return target._opname if target.namespace in ("aten", "npu_fusion_lifted") else f"{target.namespace}::{target._opname}"
+
+
+def is_mutating(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def _written_by(mutation: Node) -> list[Node]:
+    """The nodes into whose memory an op writes, by its schema."""
+    target = mutation.target
+    assert isinstance(target, OpOverload)
+    written = []
+    for spec, argument in zip(target._schema.arguments, _bind_arguments(mutation, target._schema), strict=True):
+        if spec.is_write:
+            written += [item for item in (argument if isinstance(argument, (list, tuple)) else [argument]) if isinstance(item, Node)]
+    return written
+
+
+def _storages(node: Node) -> list[int]:
+    """Identities of the memory behind a node's tensors."""
+    val = node.meta.get("val")
+    tensors = [item for item in (val if isinstance(val, (list, tuple)) else [val]) if isinstance(item, torch.Tensor)]
+    return [t.untyped_storage()._cdata for t in tensors if t.layout is torch.strided and not is_traceable_wrapper_subclass(t)]
+
+
 def _is_effectful(target: Any) -> bool:
     if not isinstance(target, OpOverload):
         return True
-    return target._schema.is_mutable or target.namespace in _COLLECTIVE_NAMESPACES or torch.Tag.nondeterministic_seeded in target.tags
+    return target._schema.is_mutable or target.namespace in _COLLECTIVE_NAMESPACES
 
 
 def _bind_arguments(node: Node, schema: Any) -> list[Any]:

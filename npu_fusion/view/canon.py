@@ -25,11 +25,6 @@ _WIDER = {
     torch.bool: (torch.int64, torch.int32, torch.float32, torch.float64),
 }
 
-ELEMENTWISE = frozenset(
-    "add sub mul div neg square sqrt rsqrt reciprocal exp log tanh sigmoid silu gelu relu cos sin abs cast where clamp maximum minimum pow "
-    "softplus eq ne lt le gt ge logical_not logical_and logical_or bitwise_and bitwise_or bitwise_not erf sign floor round".split()
-)
-
 
 class Canon:
     """Builds canonical values into a table."""
@@ -68,7 +63,7 @@ class Canon:
         if op == "neg":
             if x.op == "neg":
                 return x.args[0]
-            if x.op == "cast":
+            if x.op == "cast" and _is_floating(x.args[0]):
                 return self.cast(self.unary("neg", x.args[0]), x.attrs["dtype"])
         if op == "square":
             if x.op == "sqrt":
@@ -117,11 +112,12 @@ class Canon:
                 kept = x.args[0]
                 pair = (kept, y) if x is a else (y, kept)
                 return self.reshape(self._mark_reduced(self.binary(op, *pair, kept.shape)), shape)
-        a, b = self._bare(a, b, shape), self._bare(b, a, shape)
+        a = self.bare(a, b, shape)
+        b = self.bare(b, a, shape)
         result: Value = getattr(self, f"_{op}")(a, b, shape)
         return self._mark_reduced(result, a if b.ndim == 0 else b if a.ndim == 0 else result)
 
-    def _bare(self, x: Value, other: Value, shape: Shape) -> Value:
+    def bare(self, x: Value, other: Value, shape: Shape) -> Value:
         """The operand without expands and leading unit dimensions that broadcasting supplies anyway."""
         while x.op == "expand" or (x.op == "reshape" and _only_leading_ones(x)):
             inner = x.args[0]
@@ -133,8 +129,9 @@ class Canon:
     def _emit(self, op: str, a: Value, b: Value, shape: Shape, commutative: bool) -> Value:
         if commutative and (a.index > b.index):
             a, b = b, a
-        dtype = a.dtype if a.dtype is not None else b.dtype
-        return self.table.intern(op, (a, b), {}, shape, dtype)
+        # A 0-d operand does not decide the type, unless the other one is a number or 0-d too.
+        typed = b if a.dtype is None or (b.dtype is not None and b.ndim > a.ndim) else a
+        return self.table.intern(op, (a, b), {}, shape, typed.dtype)
 
     def _add(self, a: Value, b: Value, shape: Shape) -> Value:
         if a.op == "neg" and b.op != "neg":
@@ -237,7 +234,7 @@ class Canon:
         if total.op != "sum":
             return None
         size = _reduced_size(total)
-        factor = number if x.op == "sum" else number * number
+        factor = number if x.op == "sum" else number * abs(number)
         if not isinstance(size, int) or not math.isclose(factor * size, 1.0, rel_tol=1e-12):
             return None
         mean = self._mean_of(total)
@@ -279,12 +276,15 @@ class Canon:
         dim, start, split = x.attrs["dim"], x.attrs["start"], x.args[0]
         if not known_equal(x.shape[dim], 1) or not same_shape(shape, x.shape[:dim] + x.shape[dim + 1 :]):
             return None
-        whole = split.args[0]
+        if dim == split.ndim - 1 or (dim == split.ndim - 2 and known_equal(split.shape[dim], 2)):  # pairs, or halves, of the last dimension
+            whole = self.reshape(split.args[0], (*split.shape[:-2], _plain(split.shape[-2] * split.shape[-1])))
+        else:
+            whole = split.args[0]
         if whole.ndim != split.ndim - 1:
             return None
         if dim > 0 and _merges(split.shape, whole.shape, dim - 1):  # took an index of B
             step = split.shape[dim]
-            return self.slice(whole, dim - 1, start, whole.shape[dim - 1], step)
+            return self.slice(whole, dim - 1, start, whole.shape[dim - 1], step, length=split.shape[dim - 1])
         if dim + 1 < split.ndim and _merges(split.shape, whole.shape, dim):  # took an index of A
             inner = split.shape[dim + 1]
             return self.slice(whole, dim, start * inner, (start + 1) * inner, 1)
@@ -368,6 +368,41 @@ class Canon:
         shape = flat[0].shape[:dim] + (_plain(size),) + flat[0].shape[dim + 1 :]
         return self.table.intern("cat", flat, {"dim": dim}, shape, flat[0].dtype)
 
+    def stack(self, parts: Sequence[Value], dim: int) -> Value:
+        """The parts along a new dimension `dim`."""
+        dim = normal_dim(dim, parts[0].ndim + 1)
+        return self.cat([self.reshape(part, (*part.shape[:dim], 1, *part.shape[dim:])) for part in parts], dim)
+
+    # ---------------------------------------------------------------- complex numbers
+    # A complex tensor is a view of [..., 2] real ones; products are written out in real and imaginary parts, as PyTorch computes them.
+
+    def view_as_complex(self, pairs: Value, dtype: torch.dtype) -> Value:
+        """[..., 2] real numbers as complex ones."""
+        if pairs.op == "view_as_real":
+            return pairs.args[0]
+        return self.table.intern("view_as_complex", (pairs,), {}, pairs.shape[:-1], dtype)
+
+    def view_as_real(self, z: Value) -> Value:
+        """Complex numbers as real ones [..., 2]."""
+        if z.op == "view_as_complex":
+            return z.args[0]
+        if z.op == "conj":
+            real, imag = self.complex_parts(z.args[0])
+            return self.stack([real, self.unary("neg", imag)], -1)
+        if z.op == "mul" and all(arg.dtype == z.dtype for arg in z.args):
+            (a, b), (c, d) = map(self.complex_parts, z.args)
+            real = self.binary("sub", self.binary("mul", a, c, z.shape), self.binary("mul", b, d, z.shape), z.shape)
+            imag = self.binary("add", self.binary("mul", a, d, z.shape), self.binary("mul", b, c, z.shape), z.shape)
+            return self.stack([real, imag], -1)
+        assert z.dtype is not None
+        return self.table.intern("view_as_real", (z,), {}, (*z.shape, 2), z.dtype.to_real())
+
+    def complex_parts(self, z: Value) -> tuple[Value, Value]:
+        """Real and imaginary part."""
+        pairs = self.view_as_real(z)
+        real, imag = (self.reshape(self.slice(pairs, -1, i, i + 1), z.shape) for i in range(2))
+        return real, imag
+
     # ---------------------------------------------------------------- products
 
     def matmul(self, a: Value, b: Value) -> Value:
@@ -400,6 +435,10 @@ def number_of(x: Value) -> float | int | bool | None:
 def is_number(x: Value, number: float) -> bool:
     found = number_of(x)
     return found is not None and not isinstance(found, bool) and found == number
+
+
+def _is_floating(x: Value) -> bool:
+    return x.dtype is not None and x.dtype.is_floating_point
 
 
 def _reduced_size(total: Value) -> Dim:

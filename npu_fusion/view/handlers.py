@@ -16,7 +16,7 @@ _COMPARE = ("eq", "ne", "lt", "le", "gt", "ge")
 
 def _operands(b: ViewBuilder, node: Node, args: list[Any]) -> tuple[Value, Value, Shape]:
     shape, dtype = meta_of(node)
-    return b.cast_operand(args[0], dtype), b.cast_operand(args[1], dtype), shape
+    return b.cast_operand(args[0], dtype, shape), b.cast_operand(args[1], dtype, shape), shape
 
 
 @handles("add", "sub")
@@ -52,7 +52,7 @@ def _div(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
 def _pow(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     shape, dtype = meta_of(node)
     exponent = b.operand(args[1]) if len(args) > 1 else b.canon.const(2)
-    return b.canon.power(b.cast_operand(args[0], dtype), exponent, shape)
+    return b.canon.power(b.cast_operand(args[0], dtype, shape), exponent, shape)
 
 
 @handles("maximum", "minimum", "bitwise_and.Tensor", "bitwise_or.Tensor", "logical_and", "logical_or")
@@ -61,7 +61,8 @@ def _commutative(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     op = {"bitwise_and": "and", "logical_and": "and", "bitwise_or": "or", "logical_or": "or"}.get(name := node.target._opname, name)  # type: ignore[union-attr]
     if op in ("and", "or") and meta_of(node)[1] is not torch.bool:
         return None
-    x, y = sorted((b.canon._bare(x, y, shape), b.canon._bare(y, x, shape)), key=lambda v: v.index)
+    x = b.canon.bare(x, y, shape)
+    x, y = sorted((x, b.canon.bare(y, x, shape)), key=lambda v: v.index)
     return b.table.intern(op, (x, y), {}, shape, meta_of(node)[1])
 
 
@@ -69,7 +70,8 @@ def _commutative(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
 def _compare(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     shape, _ = meta_of(node)
     x, y = b.operand(args[0]), b.operand(args[1])
-    x, y = b.canon._bare(x, y, shape), b.canon._bare(y, x, shape)
+    x = b.canon.bare(x, y, shape)
+    y = b.canon.bare(y, x, shape)
     op = node.target._opname  # type: ignore[union-attr]
     if op in ("gt", "ge"):
         op, x, y = {"gt": "lt", "ge": "le"}[op], y, x
@@ -79,7 +81,7 @@ def _compare(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
 @handles("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
 def _where(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     shape, dtype = meta_of(node)
-    condition, x, y = b.operand(args[0]), b.cast_operand(args[1], dtype), b.cast_operand(args[2], dtype)
+    condition, x, y = b.operand(args[0]), b.cast_operand(args[1], dtype, shape), b.cast_operand(args[2], dtype, shape)
     return b.table.intern("where", (condition, x, y), {}, shape, dtype)
 
 
@@ -114,15 +116,6 @@ def _gelu(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     return b.canon.unary("gelu", b.operand(args[0]), approximate=args[1])
 
 
-@handles("glu")
-def _glu(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
-    """The first half times the sigmoid of the second."""
-    x, shape = b.operand(args[0]), meta_of(node)[0]
-    dim = normal_dim(args[1], x.ndim)
-    first, second = (b.canon.slice(x, dim, start, start + shape[dim]) for start in (0, shape[dim]))
-    return b.canon.binary("mul", first, b.canon.unary("sigmoid", second), shape)
-
-
 @handles("logical_not", "bitwise_not")
 def _not(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     x = b.operand(args[0])
@@ -134,7 +127,7 @@ def _not(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
 # -------------------------------------------------------------------- casts and copies
 
 
-@handles("_to_copy")
+@handles("_to_copy", "to", "type_as")
 def _to_copy(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     source, val = args[0].meta["val"], node.meta["val"]
     if source.device != val.device or source.layout != val.layout:
@@ -142,7 +135,7 @@ def _to_copy(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     return b.canon.cast(b.operand(args[0]), val.dtype)
 
 
-@handles("convert_element_type")
+@handles("prims::convert_element_type")
 def _convert(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     return b.canon.cast(b.operand(args[0]), args[1])
 
@@ -163,7 +156,7 @@ def _full(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     shape, dtype = meta_of(node)
     if isinstance(number, Node):
         return None
-    return b.table.intern("full", (), {"value": number, "shape": shape}, shape, dtype)
+    return b.table.intern("full", (), {"value": number, "shape": shape, "device": node.meta["val"].device}, shape, dtype)
 
 
 @handles("ones", "new_ones", "ones_like", "zeros", "new_zeros", "zeros_like", "full_like", "new_full")
@@ -177,7 +170,7 @@ def _filled(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     if isinstance(number, Node):
         return None
     number = bool(number) if dtype is torch.bool else number
-    return b.table.intern("full", (), {"value": number, "shape": shape}, shape, dtype)
+    return b.table.intern("full", (), {"value": number, "shape": shape, "device": node.meta["val"].device}, shape, dtype)
 
 
 # -------------------------------------------------------------------- reductions and products
@@ -209,7 +202,10 @@ def _norm(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
 @handles("_softmax", "softmax", "_safe_softmax")
 def _softmax(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     _, dtype = meta_of(node)
-    return b.canon.softmax(b.cast_operand(args[0], dtype), args[1])
+    x = b.cast_operand(args[0], dtype)
+    if node.target._opname == "_safe_softmax":  # type: ignore[union-attr]  # zeros, not NaN, where everything is -inf: another value
+        return b.table.intern("softmax", (x,), {"dim": normal_dim(args[1], x.ndim), "safe": True}, x.shape, x.dtype)
+    return b.canon.softmax(x, args[1])
 
 
 @handles("mm", "bmm")
@@ -350,7 +346,33 @@ def _cat(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
 
 @handles("stack")
 def _stack(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
+    _, dtype = meta_of(node)
+    return b.canon.stack([b.cast_operand(part, dtype) for part in args[0]], args[1])
+
+
+@handles("view_as_complex")
+def _view_as_complex(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
+    return b.canon.view_as_complex(b.operand(args[0]), node.meta["val"].dtype)
+
+
+@handles("complex")
+def _complex(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     shape, dtype = meta_of(node)
-    dim = normal_dim(args[1], len(shape))
-    parts = [b.cast_operand(part, dtype) for part in args[0]]
-    return b.canon.cat([b.canon.reshape(part, (*part.shape[:dim], 1, *part.shape[dim:])) for part in parts], dim)
+    parts = [b.canon.expand(b.operand(part), shape) for part in args]
+    return b.canon.view_as_complex(b.canon.stack(parts, -1), dtype) if dtype is not None else None
+
+
+@handles("view_as_real")
+def _view_as_real(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
+    return b.canon.view_as_real(b.operand(args[0]))
+
+
+@handles("_conj", "_conj_physical", "conj_physical")
+def _conj(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
+    z = b.operand(args[0])
+    return z.args[0] if z.op == "conj" else b.table.intern("conj", (z,), {}, z.shape, z.dtype)
+
+
+@handles("resolve_conj", "resolve_neg")
+def _resolve(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
+    return b.operand(args[0])

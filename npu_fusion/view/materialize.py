@@ -72,6 +72,8 @@ class Materializer:
             return self._call(aten.slice.Tensor, args[0], attrs["dim"], *bounds)
         if op == "cat":
             return self._call(aten.cat.default, args, attrs["dim"])
+        if op in ("view_as_real", "view_as_complex"):
+            return self._call(getattr(aten, op).default, args[0])
         if op in ("mean", "sum"):
             return self._call(getattr(aten, op).dim_IntList if op == "sum" else aten.mean.dim, args[0], list(attrs["dims"]), True)
         if op == "square":

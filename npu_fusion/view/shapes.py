@@ -29,7 +29,7 @@ def known_equal(a: Any, b: Any) -> bool:
         return a == b
     if a is b or a == b:
         return True
-    if type(a) is int and isinstance(b, sympy.Symbol) or type(b) is int and isinstance(a, sympy.Symbol):
+    if (type(a) is int and isinstance(b, sympy.Symbol)) or (type(b) is int and isinstance(a, sympy.Symbol)):
         return False
     return bool(sympy.expand(a - b) == 0)
 

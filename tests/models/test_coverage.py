@@ -128,7 +128,7 @@ def test_document_counts_sites_once_and_gives_every_miss_a_reason() -> None:
 def test_worker_keeps_what_models_print_out_of_its_results(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
 
     def noisy(cell: Cell, code: str) -> Result:
-        print("a model talks")
+        sys.stdout.write("a model talks\n")
         return Result(cell, code, "ok")
 
     monkeypatch.setattr(coverage, "measure", noisy)

@@ -1,0 +1,135 @@
+"""Gated linear units: an activation of one tensor times another, from SwiGLU and GeGLU to the output gates of attention.
+
+Gate and up may come from one merged projection or from two, in either order of the product; clamps on both (DeepSeek-V4) and the offset on
+up (gpt-oss) are part of the unit. A product with a narrower factor (a router's weight, a per-token gate) is not one, nor is an activation
+times a function of its own input.
+
+Sources: Shazeer 2020, https://arxiv.org/abs/2002.05202; transformers' model code for the spellings.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from npu_fusion.match import Match
+from npu_fusion.ops.glu import glu
+from npu_fusion.pattern import any_of, anything, bits, lit, op, opt_cast, opt_round, opt_upcast, prod, var
+from npu_fusion.rule import Call, Reject, Rule, register_builtin
+from npu_fusion.view import Value
+from npu_fusion.view.shapes import known_equal, same_shape
+from npu_fusion.view.value import Shape
+
+from .activation import activation, activation_of, other_activation, slope, source_of
+
+gate = opt_upcast(any_of(op("clamp", opt_upcast(var("gate")), lit("gate_limit"), low=False, high=True), var("gate")))
+clamped_up = any_of(op("clamp", opt_upcast(var("up")), lit("up_low"), lit("up_high"), low=True, high=True), var("up"))
+up = opt_cast(any_of(opt_cast(clamped_up) + lit("up_offset"), clamped_up))
+
+product = any_of(
+    opt_cast(activation(gate)) * up,
+    prod(gate, slope(gate), up),  # silu whose factors the author multiplied in another order: (up * x) * sigmoid(x)
+    opt_cast(other_activation().as_("unknown")) * var("up"),
+)
+
+
+# -------------------------------------------------------------------- what is a gated unit
+
+
+def _full(value: Value, shape: Shape) -> bool:
+    """Whether the value has an element for every element of the product; the view drops leading unit dimensions."""
+    return same_shape(_without_leading_ones(value.shape), _without_leading_ones(shape))
+
+
+def _without_leading_ones(shape: Shape) -> Shape:
+    first = next((i for i, size in enumerate(shape) if not known_equal(size, 1)), len(shape))
+    return shape[first:]
+
+
+def _gates(site: Value, activated: Value, other: Value) -> bool:
+    """Whether one factor of a product gates the other: both have its shape, and they are not functions of one tensor."""
+    return _full(activated, site.shape) and _full(other, site.shape) and source_of(activated) is not source_of(other)
+
+
+def check_glu(m: Match) -> Reject | None:
+    """Gate and up have the shape of the product, neither is made of the other, and a clamp of up is symmetric."""
+    if "unknown" in m:
+        return Reject(f"the activation is {m['unknown'].op}, which no fused op has", m["unknown"])
+    g, u, site = m["gate"], m["up"], m["site"]
+    if not _gates(site, g, u):
+        return Reject("the activation is not multiplied with another tensor of its own shape", site)
+    if "up_low" in m and not _symmetric(m["up_low"], m["up_high"]):
+        return Reject("the clamp of up is not symmetric", u)
+    if bits(g.dtype) < 64 and bits(u.dtype) < 64 and any(value.dtype is torch.float64 for value in m.visited):
+        return Reject("the unit is computed in float64, which the fused op does not do for narrower inputs", site)
+    return _check_exact(m) if m.exact else None
+
+
+def _check_exact(m: Match) -> Reject | None:
+    """The fused op computes in fp32 and rounds once, at the end: so must the model."""
+    end = {m.root, m["site"]} if m.root is m["site"] and bits(m["gate"].dtype) >= 32 else {m.root}
+    early = next((value for value in m.visited if 0 < bits(value.dtype) < 32 and value not in end), None)
+    if early is not None:
+        return Reject(f"rounding='exact': the model computes {early.op} in {early.dtype}, the fused op in fp32", early)
+    return None
+
+
+def _symmetric(low: Any, high: Any) -> bool:
+    if low.known and high.known:
+        return bool(low.value == -high.value)
+    return low.source is high.source and low.scale == -high.scale
+
+
+# -------------------------------------------------------------------- rewriting
+
+
+def rewrite_glu(m: Match) -> Call:
+    merged, layout = _merged(m["gate"], m["up"])
+    args: dict[str, Any] = {"gate": m["gate"], "up": m["up"], "activation": activation_of(m), "out_dtype": m.root.dtype}
+    if merged is not None:
+        args.update(gate=merged, up=None, layout=layout)
+    for name, binding in (("alpha", "alpha"), ("gate_limit", "gate_limit"), ("up_limit", "up_high"), ("up_offset", "up_offset")):
+        if binding in m:
+            args[name] = m[binding]
+    return Call(glu, args, [m.root])
+
+
+def _merged(g: Value, u: Value) -> tuple[Value | None, str]:
+    """The tensor [..., 2I] that gate and up are the two halves of, and how they lie in it; None where they are not."""
+    if g.op != "slice" or u.op != "slice" or g.args[0] is not u.args[0]:
+        return None, "halves"
+    whole, size = g.args[0], g.shape[-1]
+    along_last = all(part.attrs["dim"] == whole.ndim - 1 for part in (g, u))
+    if not along_last or not known_equal(whole.shape[-1], 2 * size) or not known_equal(u.shape[-1], size):
+        return None, "halves"
+    starts = (g.attrs["start"], u.attrs["start"])
+    steps = (g.attrs["step"], u.attrs["step"])
+    for layout, wanted, step in (("halves", (0, size), 1), ("swapped", (size, 0), 1), ("interleaved", (0, 1), 2)):
+        if all(known_equal(a, b) for a, b in zip((*starts, *steps), (*wanted, step, step), strict=True)):
+            return whole, layout
+    return None, "halves"
+
+
+# -------------------------------------------------------------------- rule
+
+
+def _is_gated_unit(site: Value) -> bool:
+    """Whether the product, one factor of which is an activation, is a gated unit and not part of a gated norm or of an activation."""
+    absorbed = any(form.op == "rms_norm" for value in (site, *site.users) if value is site or value.op == "cast" for form in value.forms)
+    return not absorbed and _gates(site, *site.args)
+
+
+GLU = Rule(
+    "glu",
+    pattern=opt_round(product.as_("site")),
+    check=check_glu,
+    rewrite=rewrite_glu,
+    produces="glu",
+    idioms={"glu": "site"},
+    gist=(opt_cast(any_of(activation(opt_cast(anything())), other_activation())) * anything())
+    .where(_is_gated_unit, "not a gate")
+    .as_("site"),
+)
+
+register_builtin(GLU)
