@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from . import torch_private
 from .record import GraphRecord
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 Boxed = Callable[[list[Any]], Any]
 CAPTURES_KEPT = 16
+_COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default, torch.ops.aten.copy.default}
 
 
 def unsuitable(gm: GraphModule) -> str | None:
@@ -41,15 +42,25 @@ def unsuitable(gm: GraphModule) -> str | None:
     if len(devices) != 1:
         return "the graph runs on more than one device" if devices else "the graph has no tensors"
     for node in gm.graph.nodes:
-        if isinstance(node.target, OpOverload) and torch.Tag.data_dependent_output in node.target.tags:
+        if not isinstance(node.target, OpOverload):
+            continue
+        if torch.Tag.data_dependent_output in node.target.tags:
             return f"{node.name} ({node.target}) reads a value back to the host"
-        if isinstance(node.target, OpOverload) and torch.Tag.dynamic_output_shape in node.target.tags:
+        if torch.Tag.dynamic_output_shape in node.target.tags:
             return f"{node.name} ({node.target}) has a result whose shape depends on data"
+        if node.target in _COPIES and len({val.device.type for arg in (node, *node.all_input_nodes) for val in _value(arg)}) > 1:
+            return f"{node.name} ({node.target}) copies between host and device"
     return None
 
 
 def _values(gm: GraphModule) -> Sequence[Tensor]:
-    return [val for node in gm.graph.nodes if isinstance(val := node.meta.get("val"), Tensor)]
+    return [val for node in gm.graph.nodes for val in _value(node)]
+
+
+def _value(node: Node) -> Sequence[Tensor]:
+    """The tensor a node computes, as a sequence of one or none."""
+    val = node.meta.get("val")
+    return [val] if isinstance(val, Tensor) else []
 
 
 def _written_inputs(gm: GraphModule) -> set[int]:
@@ -60,7 +71,7 @@ def _written_inputs(gm: GraphModule) -> set[int]:
         if node.op != "call_function" or not isinstance(node.target, OpOverload):
             continue
         for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-            if argument.alias_info is None or not isinstance(value, torch.fx.Node):
+            if argument.alias_info is None or not isinstance(value, Node):
                 continue
             places.setdefault(node, set()).update(places.get(value, ()))
             if argument.alias_info.is_write:

@@ -15,10 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 
 from .view.canon import number_of
-from .view.shapes import known_equal, known_ge
+from .view.shapes import known_equal
 from .view.value import Dim, Shape, Value
 
 # A fill this low, or the lowest of the type, leaves a hidden key no weight beside any visible one. Softer masks are biases.
@@ -127,9 +128,9 @@ def _structure(visible: Condition, query_len: Dim, kv_len: Dim) -> Structure | N
         return Structure() if offset is None else Structure(True, offset)
     if offset is not None:
         window = offset - first + 1
-        return Structure(True, offset, window) if known_ge(window, 1) else None
+        return Structure(True, offset, window) if _at_least(window, 1) else None
     # A window alone: hides j <= i + offset - window, for whichever offset.
-    return Structure(False, 0, 1 - first) if known_ge(0, first) else Structure(False, first, 1)
+    return Structure(False, 0, 1 - first) if _at_least(0, first) else Structure(False, first, 1)
 
 
 def _always_holds(term: Affine, query_len: Dim, kv_len: Dim) -> bool:
@@ -138,23 +139,23 @@ def _always_holds(term: Affine, query_len: Dim, kv_len: Dim) -> bool:
     for factor, size in ((term.query, query_len), (term.key, kv_len)):
         if factor < 0:
             least = least + factor * (size - 1)
-    return known_ge(least, 0)
+    return _at_least(least, 0)
 
 
 def _tightest(bounds: list[Dim], low: bool) -> Dim | None:
     """The smallest (or largest) of the bounds, if one provably is."""
     for bound in bounds:
-        if all(known_ge(other, bound) if low else known_ge(bound, other) for other in bounds):
+        if all(_at_least(other, bound) if low else _at_least(bound, other) for other in bounds):
             return bound
     return None
 
 
 def _every_query_sees_a_key(structure: Structure, query_len: Dim, kv_len: Dim) -> bool:
     offset, window = structure.causal_offset, structure.window
-    if structure.is_causal and not known_ge(offset, 0):
+    if structure.is_causal and not _at_least(offset, 0):
         return False
     first_of_last_query = query_len - 1 + offset - window + 1
-    return structure.window == 0 or known_ge(kv_len - 1, first_of_last_query)
+    return structure.window == 0 or _at_least(kv_len - 1, first_of_last_query)
 
 
 # -------------------------------------------------------------------- reading values
@@ -226,7 +227,7 @@ class _Reader:
         if value.attrs.get("@indices") != (True,) * source.ndim or any(index.dtype is torch.bool for index in indices):
             return None
         inner = [self.integer(index, _operand_index(index, at)) for index in indices]
-        unknown = [x is None or x.query < 0 or x.key < 0 or not known_ge(x.constant, 0) for x in inner]
+        unknown = [x is None or x.query < 0 or x.key < 0 or not _at_least(x.constant, 0) for x in inner]
         # A dimension of size 1 holds one element, whatever the index into it.
         places = [_ZERO if _is_one(size) else None if hidden else x for x, size, hidden in zip(inner, source.shape, unknown, strict=True)]
         return self.integer(source, tuple(places))
@@ -328,6 +329,21 @@ class _Reader:
         return None if inner is None else self._indicator(*inner)
 
 
+def _at_least(a: Any, b: Any) -> bool:
+    """Whether a >= b for certain. Unlike a size, a position may be negative: only what the symbol's own assumptions say counts."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a >= b
+    least = sympy.Integer(0)
+    for term in sympy.Add.make_args(sympy.expand(a - b)):
+        coefficient, rest = term.as_coeff_Mul()
+        factors = sympy.Mul.make_args(rest)
+        if coefficient < 0 and rest != 1 or not all(factor.is_nonnegative for factor in factors):
+            return False
+        if all(factor.is_positive for factor in factors):  # of an integer: at least one
+            least += coefficient
+    return bool(least >= 0)
+
+
 # -------------------------------------------------------------------- conditions
 
 
@@ -338,9 +354,9 @@ def _less(op: str, a: Affine, b: Affine) -> Condition:
 
 
 def _simplified(term: Affine) -> Condition:
-    if term.is_constant and known_ge(term.constant, 0):
+    if term.is_constant and _at_least(term.constant, 0):
         return ALWAYS
-    return NEVER if term.is_constant and known_ge(-1, term.constant) else frozenset({term})
+    return NEVER if term.is_constant and _at_least(-1, term.constant) else frozenset({term})
 
 
 def _both(a: Condition | None, b: Condition | None) -> Condition | None:
@@ -360,7 +376,7 @@ def _either(a: Condition | None, b: Condition | None) -> Condition | None:
 
 
 def _implies(a: Condition, b: Condition) -> bool:
-    return all(any((x.query, x.key) == (y.query, y.key) and known_ge(y.constant, x.constant) for x in a) for y in b)
+    return all(any((x.query, x.key) == (y.query, y.key) and _at_least(y.constant, x.constant) for x in a) for y in b)
 
 
 def _negated(condition: Condition | None) -> Condition | None:

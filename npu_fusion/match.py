@@ -137,8 +137,9 @@ class _Index:
 
     def candidates(self, pattern: Pattern) -> Iterator[tuple[Value, Iterator[Value]]]:
         """Each anchor, a value of the rarest set of operators that every match contains one of, with the roots above it."""
-        found = [[value for name in sorted(names) for value in self.values(name)] for names in pattern.required()]
-        search = _Search(pattern.operators(), pattern.roots() or frozenset(), pattern.depth())
+        footprint = pattern.footprint
+        found = [[value for name in sorted(names) for value in self.values(name)] for names in footprint.required]
+        search = _Search(footprint.operators, footprint.roots or frozenset(), footprint.depth)
         for anchor in min(found, key=len):
             yield anchor, search.climb(anchor)
 
@@ -207,10 +208,9 @@ class _Matcher:
     def _run_group(self, rule: GroupRule) -> None:
         """Group neighbours, in graph order, with equal keys, none of which depends on another."""
         open_groups: dict[Any, list[Form]] = {}
-        for value in sorted(self.index.values(f"form:{rule.member}"), key=self._position):
-            form = value.form(rule.member)
-            key = None if form is None else rule.key(form)
-            if form is None or key is None:
+        for form in self._members(rule):
+            key = rule.key(form)
+            if key is None:
                 continue
             group = open_groups.get(key, [])
             if group and (len(group) >= rule.most or any(self._depends(form, member) for member in group)):
@@ -220,15 +220,26 @@ class _Matcher:
         for group in open_groups.values():
             self._close_group(rule, group)
 
+    def _members(self, rule: GroupRule) -> list[Form]:
+        """The newest forms of the member op in graph order. Of two that cover the same sites (the sum, and its cast) the outer one counts."""
+        values = sorted(self.index.values(f"form:{rule.member}"), key=self._position)
+        forms = [form for value in values if (form := value.form(rule.member)) is not None]
+        inner: set[Value] = set()
+        for form in forms:
+            inner |= {value for value in form.match.visited if (known := value.form(rule.member)) is not None and _covers(form, known)}
+        return [form for form in forms if not inner.issuperset(form.match.outputs)]
+
     def _close_group(self, rule: GroupRule, group: list[Form]) -> None:
-        if len(group) < 2:
+        call = rule.combine(group) if len(group) > 1 else None
+        if call is None:
             return
-        members = [form.match for form in group]
-        visited = frozenset().union(*(member.visited for member in members))
+        members = tuple(form.match for form in group)
+        absorbed = [found.match for form in group for find in rule.absorbs.values() if (found := find(form)) is not None]
+        parts = tuple(dict.fromkeys((*members, *absorbed)))
+        visited = frozenset().union(*(part.visited for part in parts))
         bindings = {f"member{i}": member for i, member in enumerate(members)}
-        match = Match(rule, members[0].root, bindings, visited, self.config, self.view, tuple(members))
-        sites = tuple(dict.fromkeys(site for member in members for site in member.sites))
-        self._accept(match, rule.combine(group), sites)
+        match = Match(rule, members[0].root, bindings, visited, self.config, self.view, parts)
+        self._accept(match, call, tuple(dict.fromkeys(site for part in parts for site in part.sites)))
 
     def _position(self, value: Value) -> int:
         return self.view.position[value.node] if value.node is not None else -1
@@ -273,7 +284,7 @@ class _Search:
 
     @staticmethod
     def _is(value: Value, names: frozenset[str]) -> bool:
-        return value.op in names or any(f"form:{form.op}" in names for form in value.forms)
+        return value.op in names or (bool(value.forms) and any(f"form:{form.op}" in names for form in value.forms))
 
 
 def form_inputs(args: Mapping[str, Any]) -> Iterator[Value]:
@@ -284,6 +295,11 @@ def form_inputs(args: Mapping[str, Any]) -> Iterator[Value]:
                 yield item
             elif isinstance(item, Literal) and item.source is not None:
                 yield item.source
+
+
+def _covers(outer: Form, inner: Form) -> bool:
+    """Whether a match has an output that is not among another's, of whose sites it has all."""
+    return outer.match is not inner.match and set(inner.match.sites) <= set(outer.match.sites) and not set(outer.match.outputs) <= inner.match.visited
 
 
 def _visited(state: State) -> frozenset[Value]:
@@ -297,6 +313,7 @@ def _sites(rule: Rule, match: Match, forms: Iterable[Form]) -> tuple[tuple[str, 
 
 
 def _keep_deepest(failure: Failure | None, rejected: Reject, root: Value) -> Failure:
-    if failure is not None and failure.progress >= _REJECTED:
+    progress = _REJECTED + rejected.progress
+    if failure is not None and failure.progress >= progress:
         return failure
-    return Failure(_REJECTED, rejected.reason, rejected.value or root)
+    return Failure(progress, rejected.reason, rejected.value or root)

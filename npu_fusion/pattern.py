@@ -20,6 +20,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,14 +50,29 @@ class State:
     forms: list[Form] = field(default_factory=list)
     failure: Failure | None = None
 
-    def fail(self, reason: str, value: Value | None) -> None:
+    def fail(self, reason: str | Callable[[], str], value: Value | None) -> None:
+        """Note where the attempt got stuck; the words are made only for the deepest point."""
         progress = len(self.visited)
         if self.failure is None or progress > self.failure.progress:
-            self.failure = Failure(progress, reason, value)
+            self.failure = Failure(progress, reason if isinstance(reason, str) else reason(), value)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a search must know of a pattern: see the methods of `Pattern` of these names."""
+
+    roots: frozenset[str] | None
+    required: tuple[frozenset[str], ...]
+    operators: frozenset[str]
+    depth: int
 
 
 class Pattern:
     """Base of all patterns. Subclasses yield from `match` once for each way to fit."""
+
+    @cached_property
+    def footprint(self) -> Footprint:
+        return Footprint(self.roots(), tuple(self.required()), self.operators(), self.depth())
 
     def match(self, value: Value, state: State) -> Iterator[None]:
         raise NotImplementedError(type(self).__name__)
@@ -128,14 +144,14 @@ class _Var(Pattern):
         bound = state.bindings.get(self.name)
         if bound is None:
             if value.dtype is None:
-                return state.fail(f"expected a tensor for {self.name!r}", value)
+                return state.fail(lambda: f"expected a tensor for {self.name!r}", value)
             state.bindings[self.name] = value
             yield
             del state.bindings[self.name]
         elif bound is value:
             yield
         else:
-            state.fail(f"expected the same tensor as the other {self.name!r}", value)
+            state.fail(lambda: f"expected the same tensor as the other {self.name!r}", value)
 
     def depth(self) -> int:
         return 0
@@ -148,7 +164,7 @@ class _Lit(Pattern):
     def match(self, value: Value, state: State) -> Iterator[None]:
         literal = literal_of(value)
         if literal is None:
-            return state.fail(f"expected a number for {self.name!r}, found a tensor", value)
+            return state.fail(lambda: f"expected a number for {self.name!r}, found a tensor", value)
         bound = state.bindings.get(self.name)
         if bound is None:
             state.bindings[self.name] = literal
@@ -157,7 +173,7 @@ class _Lit(Pattern):
         elif bound == literal:
             yield
         else:
-            state.fail(f"expected the number {bound.value} again for {self.name!r}, found {literal.value}", value)
+            state.fail(lambda: f"expected the number {bound.value} again for {self.name!r}, found {literal.value}", value)
 
     def depth(self) -> int:
         return 0
@@ -172,7 +188,7 @@ class _Number(Pattern):
         if found is not None and not isinstance(found, bool) and math.isclose(found, self.number, rel_tol=1e-6):
             yield
         else:
-            state.fail(f"expected the number {self.number}, found {found if found is not None else value.op}", value)
+            state.fail(lambda: f"expected the number {self.number}, found {found if found is not None else value.op}", value)
 
     def depth(self) -> int:
         return 0
@@ -199,20 +215,21 @@ class _Op(Pattern):
 
     def match(self, value: Value, state: State) -> Iterator[None]:
         if value.op != self.name:
-            return state.fail(f"expected {self.name}, found {_describe(value)}", value)
-        for name, wanted in self.attrs.items():
-            if not _attr_fits(name, wanted, value, state):
-                return
-        state.visited.append(value)
-        yield from self._match_args(value, state)
-        state.visited.pop()
+            return state.fail(lambda: f"expected {self.name}, found {_describe(value)}", value)
+        bound = [wanted.name for wanted in self.attrs.values() if isinstance(wanted, AttrAs) and wanted.name not in state.bindings]
+        if all(_attr_fits(name, wanted, value, state) for name, wanted in self.attrs.items()):
+            state.visited.append(value)
+            yield from self._match_args(value, state)
+            state.visited.pop()
+        for name in bound:
+            state.bindings.pop(name, None)
 
     def _match_args(self, value: Value, state: State) -> Iterator[None]:
         if self.args is None:
             yield
             return
         if len(self.args) != len(value.args):
-            return state.fail(f"expected {self.name} of {len(self.args)} operands, found {len(value.args)}", value)
+            return state.fail(lambda: f"expected {self.name} of {len(self.args)} operands, found {len(value.args)}", value)
         yield from match_all(self.args, value.args, state)
         if self.commutative and value.args[0] is not value.args[1]:
             yield from match_all(self.args, value.args[::-1], state)
@@ -249,7 +266,7 @@ class _Sem(Pattern):
                 state.forms.pop()
                 state.visited.pop()
         if not found:
-            state.fail(f"expected {self.name}, found {_describe(value)}", value)
+            state.fail(lambda: f"expected {self.name}, found {_describe(value)}", value)
 
     def _match_args(self, form: Form, wanted: list[tuple[str, Any]], state: State) -> Iterator[None]:
         if not wanted:
@@ -266,13 +283,14 @@ class _Sem(Pattern):
         elif actual == pattern:
             yield from self._match_args(form, rest, state)
         else:
-            state.fail(f"{self.name} has {name} = {actual}, expected {pattern}", form.match.root)
+            state.fail(lambda: f"{self.name} has {name} = {actual}, expected {pattern}", form.match.root)
 
     def roots(self) -> frozenset[str]:
         return frozenset({f"form:{self.name}"})
 
     def required(self) -> list[frozenset[str]]:
-        return [self.roots(), *itertools.chain.from_iterable(child.required() for child in self.children())]
+        # The form's arguments are no operands of the value: from them one cannot climb to it.
+        return [self.roots()]
 
     def operators(self) -> frozenset[str]:
         return super().operators() | self.roots()
@@ -294,9 +312,12 @@ class _Through(Pattern):
     accept: Callable[[Value], bool] | None = None
 
     def match(self, value: Value, state: State) -> Iterator[None]:
-        if value.op in self.names and self.most > 0 and (self.accept is None or self.accept(value)):
+        return self._descend(value, state, self.most)
+
+    def _descend(self, value: Value, state: State, most: int) -> Iterator[None]:
+        if value.op in self.names and most > 0 and (self.accept is None or self.accept(value)):
             state.visited.append(value)
-            yield from _Through(self.names, self.inner, self.most - 1, self.accept).match(value.args[0], state)
+            yield from self._descend(value.args[0], state, most - 1)
             state.visited.pop()
         yield from self.inner.match(value, state)
 
@@ -357,7 +378,7 @@ class _Prod(Pattern):
             yield from factors[0].match(value, state)
             return
         if value.op != self.name:
-            return state.fail(f"expected {self.name} of {len(factors)} operands, found {_describe(value)}", value)
+            return state.fail(lambda: f"expected {self.name} of {len(factors)} operands, found {_describe(value)}", value)
         state.visited.append(value)
         for size in range(len(factors) - 1, 0, -1):
             for picked in itertools.combinations(range(len(factors)), size):
@@ -412,7 +433,7 @@ class _Named(_Wrapper):
             if state.bindings[self.name] is value:
                 yield
             else:
-                state.fail(f"expected the same tensor as the other {self.name!r}", value)
+                state.fail(lambda: f"expected the same tensor as the other {self.name!r}", value)
             return
         for _ in self.inner.match(value, state):
             form = next((form for form in reversed(state.forms) if form in value.forms), None)
@@ -452,7 +473,7 @@ class AttrIs:
 
 @dataclass(frozen=True)
 class AttrAs:
-    """An attribute bound under a name."""
+    """An attribute bound under a name; where the name occurs twice, the attributes must be equal."""
 
     name: str
 
@@ -464,12 +485,14 @@ def _attr_fits(name: str, wanted: Any, value: Value, state: State) -> bool:
     actual = value.attrs.get(name)
     if isinstance(wanted, AttrIs):
         if not wanted.predicate(actual, value):
-            state.fail(f"{value.op} has {name} = {actual}, expected {wanted.description}", value)
+            state.fail(lambda: f"{value.op} has {name} = {actual}, expected {wanted.description}", value)
             return False
     elif isinstance(wanted, AttrAs):
-        state.bindings[wanted.name] = actual
+        if state.bindings.setdefault(wanted.name, actual) != actual:
+            state.fail(lambda: f"{value.op} has {name} = {actual}, expected {state.bindings[wanted.name]} as before", value)
+            return False
     elif actual != wanted:
-        state.fail(f"{value.op} has {name} = {actual}, expected {wanted}", value)
+        state.fail(lambda: f"{value.op} has {name} = {actual}, expected {wanted}", value)
         return False
     return True
 

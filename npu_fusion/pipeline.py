@@ -12,13 +12,14 @@ from torch.fx import Graph, GraphModule, Node
 
 from .config import FusionConfig
 from .cost import node_bytes, node_launches, tensor_bytes
-from .lift import lift_aten
+from .lift import find_lifted, lift_aten
 from .match import Match, MatchResult, find_gists, find_matches, form_inputs
 from .provenance import module_of, source_of
 from .record import GraphRecord, Site
 from .rewrite import Applied, RewriteResult, output_nodes, rewrite
 from .rule import Rule, rules_of
 from .select import Candidate, Operation, select
+from .torch_private import lazy_graph_module
 from .view import Value, View, build_view
 
 
@@ -34,13 +35,14 @@ def fuse_graph(gm: GraphModule, config: FusionConfig, record: GraphRecord) -> No
     with _timed(record, "view"):
         view = build_view(gm.graph)
     with _timed(record, "match"):
-        found = find_matches(view, rules_of(config), config)
+        rules = rules_of(config)
+        found = find_matches(view, rules, config)
     with _timed(record, "select"):
         chosen = select_matches(view, found.matches)
     with _timed(record, "rewrite"):
         result = rewrite(gm, view, chosen, keep_checks=config.verify)
-    record.rule_errors.update(found.errors)
-    record.sites.extend(sites_of(view, found, result, rules_of(config)))
+    record.sites.extend(sites_of(view, found, result, rules))
+    record.rule_errors.update({**result.errors, **found.errors})
     record.checks.extend(result.checks)
     record.stages["fused"] = _snapshot(gm)
 
@@ -70,23 +72,29 @@ def fuse(gm: GraphModule, example_inputs: Sequence[Any] | None = None, config: F
 
 def select_matches(view: View, matches: list[Match]) -> list[Match]:
     """The matches that make the graph cheapest."""
-    operations = {node: _operation(node) for node in view.graph.nodes}
+    operations = {node: _operation(view, node) for node in view.graph.nodes}
     needed = [node for node in view.graph.nodes if node.op == "output" or (node.op == "call_function" and node.is_impure())]
     candidates = [_candidate(view, match) for match in matches]
     by_id = {id(candidate): match for candidate, match in zip(candidates, matches, strict=True)}
     return [by_id[id(candidate)] for candidate in select(operations, needed, candidates)]
 
 
-def _operation(node: Node) -> Operation:
-    launches = node_launches(node) if node.op == "call_function" else 0
-    return Operation(tuple(node.all_input_nodes), launches, lambda: node_bytes(node), str(node.target) if node.op == "call_function" else node.op)
+def _operation(view: View, node: Node) -> Operation:
+    if node.op != "call_function":
+        return Operation(tuple(node.all_input_nodes), 0, lambda: node_bytes(node), node.op)
+    launches = node_launches(node)
+    launches += find_lifted(node.target) is not None  # one that no rule takes is put back, and is several kernels then
+    value = view.of[node]
+    return Operation(tuple(node.all_input_nodes), launches, lambda: node_bytes(node), (node.target, value.shape, value.dtype))
 
 
 def _candidate(view: View, match: Match) -> Candidate:
     outputs = tuple(output_nodes(view, match))
-    inputs = {node for value in _input_values(match) for node in view.nodes.get(value, ())}
-    span = _span(view, match, outputs, inputs)
-    return Candidate(outputs, frozenset(inputs - set(outputs)), frozenset(span), 1, lambda: _bytes(inputs, outputs), match.rule.name)
+    values = list(_input_values(match))
+    read = frozenset(value.node for value in values if value.node is not None).difference(outputs)
+    span = _span(view, match, outputs, {node for value in values for node in view.nodes[value]})
+    label = (match.rule.name, tuple((value.shape, value.dtype) for value in values))
+    return Candidate(outputs, read, frozenset(span), 1, lambda: _bytes(read, outputs), label)
 
 
 def _input_values(match: Match) -> Iterable[Value]:
@@ -101,13 +109,18 @@ def _input_values(match: Match) -> Iterable[Value]:
 
 
 def _span(view: View, match: Match, outputs: Iterable[Node], inputs: set[Node]) -> set[Node]:
-    """The nodes between inputs and outputs, outputs included. Only what the pattern ran through, and views and copies of it, can be there."""
+    """The nodes between inputs and outputs, outputs included.
+
+    Where inputs are named past which the pattern did not run, the way back ends at nodes that are older than all of them.
+    """
     oldest = min((view.position[node] for node in inputs), default=0)
     span: set[Node] = set()
     stack = list(outputs)
     while stack:
         node = stack.pop()
-        if node in span or node in inputs or node.op != "call_function" or view.position[node] < oldest and view.of[node] not in match.visited:
+        if node in span or node in inputs or node.op != "call_function":
+            continue
+        if view.position[node] < oldest and view.of[node] not in match.visited:
             continue
         span.add(node)
         stack.extend(node.all_input_nodes)
@@ -134,9 +147,10 @@ def sites_of(view: View, found: MatchResult, result: RewriteResult, rules: Itera
     for applied in result.applied:
         for idiom, _ in applied.match.sites:
             visited[idiom] |= applied.match.visited
+    absorbed = frozenset[Value]().union(*(applied.match.visited for applied in result.applied))
     for rule in rules:
         if isinstance(rule, Rule) and rule.gist is not None:
-            sites += _missed(view, rule, found, result, visited.get(rule.missed_idiom, set()))
+            sites += _missed(view, rule, found, result, absorbed, visited.get(rule.missed_idiom, set()))
     order = sorted(_unique(sites), key=lambda pair: pair[0].index)
     return [site for _, site in order]
 
@@ -156,11 +170,19 @@ def _site(view: View, idiom: str, value: Value, applied: Applied) -> Site:
     return Site(idiom, True, op, None, None, source_of(node), module_of(node), node.name if node else None, applied.match.rule.name, applied.call.name)
 
 
-def _missed(view: View, rule: Rule, found: MatchResult, result: RewriteResult, covered: set[Value]) -> Iterator[tuple[Value, Site]]:
+def _missed(
+    view: View, rule: Rule, found: MatchResult, result: RewriteResult, absorbed: frozenset[Value], covered: set[Value]
+) -> Iterator[tuple[Value, Site]]:
+    """Where the rule's gist matches and nothing covers it.
+
+    Args:
+        absorbed: what fused ops compute inside, whatever their idiom: a gated product inside a gated norm is no missed gated unit.
+        covered: what fused ops of the rule's own idiom ran through.
+    """
     failures = found.failures.get(rule.name, {})
     skipped = {value: reason for match, reason in result.skipped.items() for value in match.visited if match.rule is rule}
     for site, visited in find_gists(view, rule):
-        if site in covered or visited & covered:
+        if site in absorbed or visited & covered:
             continue
         near = [failures[value] for value in (site, *visited) if value in failures]
         best = max(near, key=lambda failure: failure.progress, default=None)
@@ -195,7 +217,7 @@ def _snapshot(gm: GraphModule) -> GraphModule:
     original = next(iter(reversed(gm.graph.nodes)))
     node = graph.output(output)
     node.meta = original.meta.copy()
-    return GraphModule(gm, graph)
+    return lazy_graph_module(gm, graph)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Rewriting: selected matches become semantic op nodes in the FX graph.
 
 Consumers are rewritten before their producers. Nothing is erased until all matches are in, so that any value can still be named as an
-input; what is dead then goes. Metadata of a new node comes from its own fake kernel and must agree with what it replaces: a rule that gets a
-shape or dtype wrong loses the site, not the model.
+input; what is dead then goes. Metadata of a new node comes from its own fake kernel and must agree with what it replaces: a rule that gets
+a shape or dtype wrong loses the site, not the model.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from .layout import dims_by_stride, needs_layout, returned_memory, same_strides
 from .match import Match, form_inputs
 from .torch_private import fake_mode_of, unbacked_float
 from .verify import Check, make_check
@@ -43,13 +44,23 @@ class Applied:
 
 @dataclass
 class RewriteResult:
+    """What became of the selected matches.
+
+    Attributes:
+        applied: those that are in the graph.
+        checks: what `verify=True` compares.
+        skipped: those that could not be applied, with the reason.
+        errors: rule name to the first exception that its arguments made a kernel raise.
+    """
+
     applied: list[Applied] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     skipped: dict[Match, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
 
 
 def rewrite(gm: GraphModule, view: View, matches: Iterable[Match], keep_checks: bool = False) -> RewriteResult:
-    """Apply the matches to the graph of `gm`, in place. `keep_checks` records what `verify=True` needs to compare them with the original."""
+    """Apply the matches to the graph of `gm`, in place. `keep_checks` records what `verify=True` needs to compare."""
     rewriter = _Rewriter(gm, view, keep_checks)
     rewriter.run(matches)
     rewriter.finish()
@@ -78,6 +89,7 @@ class _Rewriter:
         self.template: Node | None = None
         self.materializer = Materializer(view, self.graph, self._emit)
         self.new: dict[Node, Node] = {}
+        self.returned = returned_memory(self.graph)
 
     # ---------------------------------------------------------------- one match
 
@@ -108,11 +120,18 @@ class _Rewriter:
         except Exception as error:  # a rule's arguments may make any op's fake kernel raise: the site stays as it is
             for node in reversed(self.emitted):
                 self.graph.erase_node(node)
-            self.result.skipped[match] = str(error) if isinstance(error, _Rejected) else f"{type(error).__name__}: {error}"
-            level = logging.DEBUG if isinstance(error, _Rejected) else logging.WARNING
-            log.log(level, "match of rule %r not applied: %s", match.rule.name, self.result.skipped[match])
+            self._skip(match, error)
             return False
         return True
+
+    def _skip(self, match: Match, error: Exception) -> None:
+        if isinstance(error, _Rejected):
+            self.result.skipped[match] = str(error)
+            log.debug("match of rule %r not applied: %s", match.rule.name, error)
+            return
+        self.result.skipped[match] = text = f"{type(error).__name__}: {error}"
+        if self.result.errors.setdefault(match.rule.name, text) is text:
+            log.warning("rule %r: its semantic op cannot be called as it asks; the site stays unfused", match.rule.name, exc_info=error)
 
     def _apply(self, match: Match, outputs: list[Node]) -> None:
         self.emitted = []
@@ -124,6 +143,7 @@ class _Rewriter:
         replaced = self._outputs(match, call)
         for old, new in replaced.items():
             self._check_metadata(match, old, new)
+        replaced = {old: self._laid_out(old, new) for old, new in replaced.items()}
         if self.keep_checks:
             original = {new: old.name for old, new in self.new.items()}
             self.result.checks.append(make_check(match.rule.name, self.emitted, replaced, original))
@@ -135,7 +155,8 @@ class _Rewriter:
             for argument in node.all_input_nodes:
                 self._resurrect(argument)
         call.meta["npu_fusion_rule"] = match.rule.name
-        call.meta["npu_fusion_replaced"] = sorted({n.name for v in match.visited for n in self.view.nodes.get(v, ())} | {n.name for n in replaced})
+        visited = {node.name for value in match.visited for node in self.view.nodes.get(value, ())}
+        call.meta["npu_fusion_replaced"] = sorted(visited | {node.name for node in replaced})
         self.result.applied.append(Applied(match, call, list(self.emitted), replaced))
 
     def _template(self, match: Match, outputs: list[Node]) -> Node:
@@ -185,12 +206,41 @@ class _Rewriter:
         replaced: dict[Node, Node] = {}
         multiple = not isinstance(call.meta["val"], torch.Tensor)
         for position, value in enumerate(match.call.outputs):
-            old_nodes = [node for node in self.view.nodes.get(value, ()) if self._live_users(node)] if value is not None else []
+            old_nodes = self._replaceable(value) if value is not None else []
             if not old_nodes:
                 continue
             new = self._emit(operator.getitem, (call, position), {}) if multiple else call
             replaced.update(dict.fromkeys(old_nodes, new))
         return replaced
+
+    def _replaceable(self, value: Value) -> list[Node]:
+        """The nodes of a value that one new node can stand for.
+
+        Copies of a value are one value, but not one tensor: of several that the graph returns only the first is replaced, and one that is
+        written to is replaced only where it is alone. The others stay: copies of the new node.
+        """
+        nodes = [node for node in self.view.nodes.get(value, ()) if self._live_users(node)]
+        if len(nodes) == 1:
+            return nodes
+        nodes = [node for node in nodes if node not in self.view.overwritten]
+        returned = [node for node in nodes if node in self.returned]
+        return [node for node in nodes if node not in returned[1:]]
+
+    def _laid_out(self, old: Node, new: Node) -> Node:
+        """The new node, copied into the memory layout of the old one where somebody might rely on that."""
+        before, after = old.meta["val"], new.meta["val"]
+        if same_strides(before, after) or not needs_layout(old):
+            return new
+        order = dims_by_stride(before)
+        if order is None:
+            raise _Rejected("its result would have another memory layout, on which something outside the graph may rely")
+        permuted = self._emit(torch.ops.aten.permute.default, (new, order), {})
+        dense = self._emit(torch.ops.aten.clone.default, (permuted,), {"memory_format": torch.contiguous_format})
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        restored = self._emit(torch.ops.aten.permute.default, (dense, inverse), {})
+        if not same_strides(before, restored.meta["val"]):
+            raise _Rejected("its result would have another memory layout, on which something outside the graph may rely")
+        return restored
 
     def _check_metadata(self, match: Match, old: Node, new: Node) -> None:
         before, after = old.meta["val"], new.meta["val"]
@@ -208,20 +258,29 @@ class _Rewriter:
         inputs = [self._current(node) for node in inputs]
         last = max(inputs, default=None)
         first_output = min(outputs)
-        if last is None or last < first_output:
-            self.graph.inserting_before(first_output)
-            return
-        behind = last.next
-        moved = self._users_before(outputs, behind)
-        if moved is None:
-            raise _Rejected("one of its inputs depends on one of its outputs")
-        for node in reversed(moved):
-            behind.prepend(node)
-            behind = node
-        self.graph.inserting_before(behind)
+        place = first_output if last is None or last < first_output else last.next
+        overwriting = [self.view.overwritten[node] for node in inputs if node in self.view.overwritten]
+        if any(mutation < place for mutation in overwriting):
+            raise _Rejected("one of its inputs is overwritten before the result is due")
+        if place is not first_output:
+            place = self._move_users(inputs, outputs, place)
+        self.graph.inserting_before(place)
 
-    def _users_before(self, outputs: Sequence[Node], limit: Node) -> list[Node] | None:
-        """Everything that depends on the outputs and stands before `limit`, in order; None if that holds an input or a side effect."""
+    def _move_users(self, inputs: Sequence[Node], outputs: Sequence[Node], place: Node) -> Node:
+        """Move what depends on the outputs behind `place`; the node before which the call can stand then."""
+        moved = self._users_before(outputs, place)
+        if not moved.isdisjoint(inputs):
+            raise _Rejected("one of its inputs depends on one of its outputs")
+        mutations = set(self.view.overwritten.values())
+        if any(node.is_impure() for node in moved) or any(min(outputs) < mutation < place for mutation in mutations):
+            raise _Rejected("a side effect stands between its outputs and its inputs")
+        for node in sorted(moved, reverse=True):
+            place.prepend(node)
+            place = node
+        return place
+
+    def _users_before(self, outputs: Sequence[Node], limit: Node) -> set[Node]:
+        """Everything that depends on the outputs and stands before `limit`."""
         found: set[Node] = set()
         stack = [user for output in outputs for user in output.users]
         while stack:
@@ -230,9 +289,7 @@ class _Rewriter:
                 continue
             found.add(node)
             stack.extend(node.users)
-        if limit.prev in found or any(node.is_impure() for node in found):
-            return None
-        return sorted(found)
+        return found
 
     # ---------------------------------------------------------------- life and death
 
@@ -267,7 +324,7 @@ class _Rewriter:
         """Turn `view` into `reshape`: a fused op's result may have other strides than the nodes that it replaces."""
         if self.result.applied:
             for node in self.graph.nodes:
-                if node.target is torch.ops.aten.view.default:
+                if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
                     node.target = torch.ops.aten.reshape.default
 
     # ---------------------------------------------------------------- emission

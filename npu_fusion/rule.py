@@ -6,6 +6,7 @@ import dataclasses
 import graphlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .errors import RuleError
@@ -33,10 +34,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Reject:
-    """Why a match must not be rewritten, and the value to point the author at."""
+    """Why a match must not be rewritten, and the value to point the author at.
+
+    Where a pattern fits in several ways and each is rejected, the one with the greatest `progress`, the number of conditions that held
+    before, is reported.
+    """
 
     reason: str
     value: Value | None = None
+    progress: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,15 +76,17 @@ class Rule:
             raise RuleError(f"rule {self.name!r}: the pattern has no operator that every match contains")
         if self.gist is not None and not self.missed_idiom:
             raise RuleError(f"rule {self.name!r}: a gist needs an idiom")
+        if self.gist is not None and (self.gist.roots() is None or not self.gist.required()):
+            raise RuleError(f"rule {self.name!r}: the gist's root must be an operator, and some operator must be in every match")
 
     @property
     def missed_idiom(self) -> str:
         return self.gist_idiom or next(iter(self.idioms), "")
 
-    @property
+    @cached_property
     def consumes(self) -> frozenset[str]:
         """Semantic ops whose forms the pattern contains."""
-        return frozenset(name.removeprefix("form:") for name in self.pattern.operators() if name.startswith("form:"))
+        return frozenset(name.removeprefix("form:") for name in self.pattern.footprint.operators if name.startswith("form:"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,21 +97,23 @@ class GroupRule:
         name: unique among the rules of a config.
         member: the semantic op whose forms are grouped.
         key: members with equal keys may be grouped; None keeps a member out.
-        combine: the call that makes all members' outputs, from their forms in graph order.
+        combine: the call that makes all members' outputs, from their forms in graph order; None where these cannot be combined.
         produces: the op that `combine` calls.
         most: the largest group.
+        absorbs: semantic op to a function from a member to the form of that op which its input has and which `combine` computes as well.
     """
 
     name: str
     member: str
     key: Callable[[Form], Hashable]
-    combine: Callable[[Sequence[Form]], Call]
+    combine: Callable[[Sequence[Form]], Call | None]
     produces: str
     most: int = 2
+    absorbs: Mapping[str, Callable[[Form], Form | None]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def consumes(self) -> frozenset[str]:
-        return frozenset({self.member})
+        return frozenset({self.member, *self.absorbs})
 
 
 AnyRule = Rule | GroupRule
@@ -127,7 +137,8 @@ def registered_rules() -> tuple[AnyRule, ...]:
 def in_order(rules: Sequence[AnyRule]) -> list[AnyRule]:
     """Rules sorted so that a rule runs after those whose semantic ops it starts from.
 
-    A rule that refines an op into the same op (RMSNorm into gated RMSNorm) runs between that op's makers and its other consumers.
+    A rule that refines an op into the same op (RMSNorm into gated RMSNorm) runs between that op's makers and its other consumers; of those,
+    rules that group ops come last.
     """
 
     def refines(rule: AnyRule, op: str) -> bool:
@@ -135,7 +146,8 @@ def in_order(rules: Sequence[AnyRule]) -> list[AnyRule]:
 
     def before(first: AnyRule, then: AnyRule) -> bool:
         op = first.produces
-        return first is not then and op in then.consumes and not (refines(first, op) and refines(then, op))
+        both_refine = refines(first, op) and refines(then, op)
+        return first is not then and op in then.consumes and (not both_refine or (isinstance(then, GroupRule) > isinstance(first, GroupRule)))
 
     order = graphlib.TopologicalSorter({then: [first for first in rules if before(first, then)] for then in rules})
     try:

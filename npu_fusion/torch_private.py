@@ -185,6 +185,13 @@ def fake_mode_of(gm: GraphModule) -> Any:
     return detect_fake_mode([node.meta.get("val", node.meta.get("example_value")) for node in gm.graph.nodes])
 
 
+def lazy_graph_module(root: torch.nn.Module, graph: torch.fx.Graph) -> GraphModule:
+    """A graph module whose Python code is generated at its first use: most are looked at and never run."""
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    return _LazyGraphModule(root, graph)
+
+
 def unbacked_float(mode: Any) -> Any:
     """A SymFloat of unknown value, for the metadata of a node that reads a number out of a tensor."""
     with mode.shape_env.ignore_fresh_unbacked_symbols():

@@ -6,7 +6,7 @@ cannot hide in or excuse another's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,33 +45,25 @@ def make_check(rule: str, emitted: Sequence[Node], replaced: Mapping[Node, Node]
     return Check(rule, GraphModule(torch.nn.Module(), graph), tuple(inputs), tuple(old.name for old in replaced))
 
 
-def verified(run: Callable[..., Any], aten: GraphModule, checks: Sequence[Check]) -> Callable[..., Any]:
-    """`run`, preceded by the comparison on its first call.
+def compare(aten: GraphModule, checks: Sequence[Check], args: Sequence[Any]) -> None:
+    """Run the ATen graph on copies of the arguments and compare every check with it.
 
     Raises:
-        VerificationError: at the first call, if a fused op's result is not finite where the model's is, or differs from it by more than
-            twice the floor of the numeric contract, relative to the root mean square of the model's result.
+        VerificationError: a fused op's result is not finite where the model's is, or differs from it by more than twice the floor of the
+            numeric contract, relative to the root mean square of the model's result.
     """
-    pending = [True]
-
-    def first_verify(*args: Any) -> Any:
-        if pending:
-            pending.clear()
-            compare(aten, checks, args)
-        return run(*args)
-
-    return first_verify
-
-
-def compare(aten: GraphModule, checks: Sequence[Check], args: Sequence[Any]) -> None:
-    """Run the ATen graph on copies of the arguments and compare every check with it."""
     wanted = {name for check in checks for name in (*check.inputs, *check.outputs)}
     recorder = _Recorder(aten, wanted)
-    recorder.run(*(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args))
+    with torch.random.fork_rng(_cuda_devices(args)):  # the model draws its random numbers afterwards, as if this had not been
+        recorder.run(*(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args))
     for check in checks:
         results = check.module(*(recorder.seen[name] for name in check.inputs))
         for name, actual in zip(check.outputs, results, strict=True):
             _compare(check.rule, name, actual, recorder.seen[name])
+
+
+def _cuda_devices(args: Sequence[Any]) -> list[torch.device]:
+    return list({arg.device for arg in args if isinstance(arg, torch.Tensor) and arg.is_cuda})
 
 
 class _Recorder(Interpreter):

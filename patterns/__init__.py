@@ -3,5 +3,9 @@
 if __name__ != "npu_fusion.patterns":
     raise ImportError("import npu_fusion.patterns: the folder at the top of the checkout is the same code under a name of its own")
 
-from . import norm  # noqa: E402,F401
-from . import glu  # noqa: E402,F401
+from . import (
+    attention,  # noqa: F401
+    glu,  # noqa: F401
+    norm,  # noqa: F401
+    rope,  # noqa: F401
+)

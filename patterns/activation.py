@@ -8,7 +8,7 @@ The canonical view has made `silu`, `gelu` and `sigmoid` of what models write by
 from __future__ import annotations
 
 from npu_fusion.match import Match
-from npu_fusion.pattern import Pattern, any_of, gelu, lit, op_any_args, opt_cast, prod, relu, sigmoid, silu, square, tanh
+from npu_fusion.pattern import Pattern, any_of, anything, erf, gelu, lit, op_any_args, opt_cast, prod, relu, sigmoid, silu, square, tanh
 from npu_fusion.view import Value
 
 NAMES = ("silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "relu2", "relu")
@@ -37,8 +37,18 @@ def activation(x: Pattern) -> Pattern:
 
 
 def other_activation() -> Pattern:
-    """An activation of PyTorch that no fused op knows."""
-    return any_of(*(op_any_args(name) for name in OTHERS))
+    """An activation that no fused op knows, bound as `activation.other`: one of PyTorch's, or what looks like a GELU and is none."""
+    look_alike = prod(anything(), 1 + any_of(tanh(anything()), erf(anything())))
+    return any_of(*(op_any_args(name) for name in OTHERS), look_alike).as_("activation.other")
+
+
+def why_not(other: Value) -> str:
+    """What is wrong with the value bound as `activation.other`."""
+    if other.op in OTHERS:
+        return f"the activation is {other.op}, which no fused op has"
+    return (
+        "what looks like a GELU has other constants, or constants that are not known at compile time (dynamic=True keeps floats symbolic)"
+    )
 
 
 def activation_of(m: Match) -> str:

@@ -21,16 +21,16 @@ from npu_fusion.view import Value
 from npu_fusion.view.shapes import known_equal, same_shape
 from npu_fusion.view.value import Shape
 
-from .activation import activation, activation_of, other_activation, slope, source_of
+from .activation import activation, activation_of, other_activation, slope, source_of, why_not
 
 gate = opt_upcast(any_of(op("clamp", opt_upcast(var("gate")), lit("gate_limit"), low=False, high=True), var("gate")))
 clamped_up = any_of(op("clamp", opt_upcast(var("up")), lit("up_low"), lit("up_high"), low=True, high=True), var("up"))
 up = opt_cast(any_of(opt_cast(clamped_up) + lit("up_offset"), clamped_up))
 
 product = any_of(
+    prod(gate, slope(gate), up),  # silu, its factors in whatever order: (up * x) * sigmoid(x)
     opt_cast(activation(gate)) * up,
-    prod(gate, slope(gate), up),  # silu whose factors the author multiplied in another order: (up * x) * sigmoid(x)
-    opt_cast(other_activation().as_("unknown")) * var("up"),
+    opt_cast(other_activation()) * var("up"),
 )
 
 
@@ -54,8 +54,8 @@ def _gates(site: Value, activated: Value, other: Value) -> bool:
 
 def check_glu(m: Match) -> Reject | None:
     """Gate and up have the shape of the product, neither is made of the other, and a clamp of up is symmetric."""
-    if "unknown" in m:
-        return Reject(f"the activation is {m['unknown'].op}, which no fused op has", m["unknown"])
+    if "activation.other" in m:
+        return Reject(why_not(m["activation.other"]), m["activation.other"])
     g, u, site = m["gate"], m["up"], m["site"]
     if not _gates(site, g, u):
         return Reject("the activation is not multiplied with another tensor of its own shape", site)
@@ -114,12 +114,6 @@ def _merged(g: Value, u: Value) -> tuple[Value | None, str]:
 # -------------------------------------------------------------------- rule
 
 
-def _is_gated_unit(site: Value) -> bool:
-    """Whether the product, one factor of which is an activation, is a gated unit and not part of a gated norm or of an activation."""
-    absorbed = any(form.op == "rms_norm" for value in (site, *site.users) if value is site or value.op == "cast" for form in value.forms)
-    return not absorbed and _gates(site, *site.args)
-
-
 GLU = Rule(
     "glu",
     pattern=opt_round(product.as_("site")),
@@ -128,7 +122,7 @@ GLU = Rule(
     produces="glu",
     idioms={"glu": "site"},
     gist=(opt_cast(any_of(activation(opt_cast(anything())), other_activation())) * anything())
-    .where(_is_gated_unit, "not a gate")
+    .where(lambda site: _gates(site, *site.args), "one factor does not gate the other")
     .as_("site"),
 )
 

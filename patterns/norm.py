@@ -1,32 +1,28 @@
 """Normalisation: RMSNorm in every spelling, residual add + RMSNorm, gated RMSNorm, l2 norm, LayerNorm.
 
-The canonical view has already made `x*x`, `pow(x, 2)`, `square`; `mean`, `sum / N`, `vector_norm(x)**2 / N`; `rsqrt`, `1/sqrt`, `pow(-.5)` and
-division by a root the same. What remains is where the model casts, how it applies the weight, and what else it does in passing.
+The canonical view has already made `x*x`, `pow(x, 2)`, `square`; `mean`, `sum / N`, `vector_norm(x)**2 / N`; `rsqrt`, `1/sqrt`, `pow(-.5)`
+and division by a root the same, and has spelled out `F.rms_norm`, `F.layer_norm`, `var` and `std`. What remains is where the model casts,
+how it applies the weight, and what else it does in passing.
 
 Sources: Zhang & Sennrich 2019 (RMSNorm, l2 forms), Ba et al. 2016 (LayerNorm); transformers' model code for the cast points.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from npu_fusion.lift import NAMESPACE as LIFTED
 from npu_fusion.match import Match
 from npu_fusion.ops.norm import add_rms_norm, l2_norm, layer_norm, rms_norm
 from npu_fusion.pattern import (
     LAST,
-    AttrAs,
-    AttrIs,
     Pattern,
     any_of,
     bits,
     lit,
     mean,
     op,
-    op_any_args,
     opt_cast,
     opt_round,
     opt_upcast,
@@ -47,13 +43,12 @@ from npu_fusion.view.shapes import known_equal, same_shape
 from npu_fusion.view.value import Shape
 
 x, weight, bias, eps = var("x"), var("weight"), var("bias"), lit("eps")
-ONE_DIM = AttrIs("one dimension", lambda shape, _: shape is not None and len(shape) == 1)
 
 # -------------------------------------------------------------------- what the rules share
 
 
 def rounded(inner: Pattern, name: str) -> Pattern:
-    """The pattern, maybe rounded to a narrower type, maybe widened again. What is bound is the narrowest: it tells where the model rounds."""
+    """The pattern, maybe rounded to a narrower type, maybe widened again. The narrowest is bound: it tells where the model rounds."""
     return opt_upcast(opt_round(inner).as_(name))
 
 
@@ -105,7 +100,7 @@ def _is_vector_along(value: Value, source: Value) -> bool:
     """Whether the value is [H], or a parameter [1, ..., 1, H]: an activation of that shape (one token) is something else."""
     if not bits(value.dtype) or not 1 <= value.ndim <= source.ndim or not known_equal(value.shape[-1], source.shape[-1]):
         return False
-    return value.ndim == 1 or all(known_equal(d, 1) for d in value.shape[:-1]) and _is_parameter(value)
+    return value.ndim == 1 or (all(known_equal(d, 1) for d in value.shape[:-1]) and _is_parameter(value))
 
 
 def _is_parameter(value: Value) -> bool:
@@ -247,35 +242,6 @@ RMS_NORM_BARE = Rule(
     rewrite=rewrite_rms_norm,
     produces="rms_norm",
     idioms={"rms_norm": "site"},
-)
-
-
-def _library_call(name: str, operands: Sequence[tuple[str, Pattern]], **attrs: Any) -> Pattern:
-    """A call of torch's own norm, any of whose operands after x may be None, with eps a number or known at run time only."""
-    calls: list[Pattern] = []
-    for present in range(2 ** len(operands)):
-        chosen = [(word, pattern) for i, (word, pattern) in enumerate(operands) if present >> i & 1]
-        given: dict[str, Any] = {f"@{word}": None for word, _ in operands} | {f"@{word}": 1 for word, _ in chosen}
-        args = [x, *(pattern for _, pattern in chosen)]
-        calls.append(op(name, *args, normalized_shape=ONE_DIM, eps=AttrAs("eps"), **{"@eps": None}, **given, **attrs))
-        calls.append(op(name, *args, eps, normalized_shape=ONE_DIM, **{"@eps": 1}, **given, **attrs))
-    return any_of(*calls)
-
-
-def rewrite_torch_rms_norm(m: Match) -> Call:
-    """torch.nn.functional.rms_norm computes in fp32, weight included, and rounds once (aten/src/ATen/native/layer_norm.cpp)."""
-    weight_ = _vector(m, m["weight"]) if "weight" in m else None
-    return Call(rms_norm, {"x": m["x"], "weight": weight_, "eps": m["eps"], "out_dtype": m.root.dtype}, [m.root])
-
-
-TORCH_RMS_NORM = Rule(
-    "torch_rms_norm",
-    pattern=_library_call("rms_norm", [("weight", weight)], namespace=LIFTED).as_("site"),
-    check=lambda m: _check_operands(m, "weight"),
-    rewrite=rewrite_torch_rms_norm,
-    produces="rms_norm",
-    idioms={"rms_norm": "site"},
-    gist=op_any_args("rms_norm", namespace=LIFTED).as_("site"),
 )
 
 
@@ -481,32 +447,13 @@ LAYER_NORM_BARE = Rule(
     idioms={"layer_norm": "site"},
 )
 
-
-def rewrite_torch_layer_norm(m: Match) -> Call:
-    """torch.nn.functional.layer_norm computes in fp32, weight and bias included, and rounds once."""
-    vectors = {name: _vector(m, m[name]) if name in m else None for name in ("weight", "bias")}
-    return Call(layer_norm, {"x": m["x"], "eps": m["eps"], "out_dtype": m.root.dtype, **vectors}, [m.root])
-
-
-TORCH_LAYER_NORM = Rule(
-    "torch_layer_norm",
-    pattern=op("getitem", _library_call("native_layer_norm", [("weight", weight), ("bias", bias)]), index=0).as_("site"),
-    check=lambda m: _check_operands(m, "weight", "bias"),
-    rewrite=rewrite_torch_layer_norm,
-    produces="layer_norm",
-    idioms={"layer_norm": "site"},
-    gist=op("getitem", op_any_args("native_layer_norm"), index=0).as_("site"),
-)
-
 register_builtin(
     RMS_NORM,
     RMS_NORM_BARE,
-    TORCH_RMS_NORM,
     GATED_RMS_NORM,
     RMS_NORM_OF_GATED,
     ADD_RMS_NORM,
     L2_NORM,
     LAYER_NORM,
     LAYER_NORM_BARE,
-    TORCH_LAYER_NORM,
 )

@@ -19,7 +19,22 @@ from typing import Any
 
 from npu_fusion.match import Match
 from npu_fusion.ops.rope import qk_norm_rotary, qkv_norm_rotary, rotary
-from npu_fusion.pattern import LAST, Pattern, any_of, anything, bits, cat, op, opt_cast, opt_round, opt_upcast, permute, reshape, sem, sliced, var
+from npu_fusion.pattern import (
+    LAST,
+    Pattern,
+    any_of,
+    anything,
+    bits,
+    cat,
+    op,
+    opt_round,
+    opt_upcast,
+    permute,
+    reshape,
+    sem,
+    sliced,
+    var,
+)
 from npu_fusion.rule import Call, GroupRule, Reject, Rule, register_builtin
 from npu_fusion.view import Form, Value
 from npu_fusion.view.canon import Canon
@@ -104,10 +119,35 @@ def _read_rotation(m: Match) -> _Rotation | Reject:
     if not same_shape(x.shape, flipped.shape) or _turn(canon, x, layout, sign) is not flipped:
         return Reject("the tensor multiplied with sin is not made of the two halves, one of them negated, of that multiplied with cos", flipped)
     cos, sin = m["cos"], m["sin"]
-    if not all(known_equal(table.shape[-1] if table.ndim else 1, x.shape[-1]) for table in (cos, sin)):
+    if not _is_table(x.shape[-1], cos, sin):
         return Reject("cos and sin do not have one entry for every rotated channel", cos, progress=1)
     cos, sin = _per_pair(canon, cos, sin, layout)
+    x, layout = _deinterleaved(canon, x, layout)
     return _Rotation(x, cos, sin, layout, sign if m["site"].op == "add" else -sign)
+
+
+def _is_table(width: Any, *tables: Value) -> bool:
+    return all(table.ndim > 0 and known_equal(table.shape[-1], width) for table in tables)
+
+
+def _deinterleaved(canon: Canon, x: Value, layout: str) -> tuple[Value, str]:
+    """What x was before its even channels were put before its odd ones (DeepSeek), and the layout that does so in passing."""
+    source = _before_deinterleaving(canon, x) if layout == "half" else None
+    return (x, layout) if source is None else (source, "mla")
+
+
+def _before_deinterleaving(canon: Canon, x: Value) -> Value | None:
+    if x.op == "cast" and x.dtype is not None:
+        inner = _before_deinterleaving(canon, x.args[0])
+        return None if inner is None else canon.cast(inner, x.dtype)
+    if x.op == "cat" and len(x.args) == 2:
+        return _joined(canon, x.args[0], x.args[1], "interleaved")
+    if x.op != "reshape" or x.args[0].op != "permute":
+        return None
+    swapped = x.args[0]
+    pairs, last = swapped.args[0], swapped.ndim - 1
+    swaps_last = swapped.attrs["dims"] == (*range(last - 1), last, last - 1) and swapped.ndim == x.ndim + 1
+    return canon.reshape(pairs, x.shape) if swaps_last and known_equal(pairs.shape[-1], 2) and same_shape(pairs.shape[:-2], x.shape[:-1]) else None
 
 
 def _per_pair(canon: Canon, cos: Value, sin: Value, layout: str) -> tuple[Value, Value]:
@@ -146,6 +186,9 @@ def _read_pairs(m: Match) -> _Rotation | Reject:
     if found is None:
         return Reject("the rotated parts are not the two halves, nor the even and odd channels, of one tensor", m["first"])
     x, layout = found
+    wrong = _check_width(x)
+    if wrong is not None:
+        return wrong
     cos, sin = _joined_tables(canon, m, "half" if site.op == "cat" else "interleaved")
     if cos is None or sin is None:
         return Reject("the two halves of the result are made with different cos or sin", m["second"], progress=1)
@@ -153,15 +196,11 @@ def _read_pairs(m: Match) -> _Rotation | Reject:
         return Reject("the channels are paired as halves but the result is interleaved", site, progress=1)
     if layout == "interleaved" and site.op == "cat":
         layout = "mla"
-    rotation = _Rotation(x, cos, sin, layout, 1 if m["first"].op == "sub" else -1)
-    if not all(known_equal(table.shape[-1] if table.ndim else 1, size) for table in (cos, sin) for size in _table_widths(m, cos)):
+    if cos is m["cos1"] and not _is_table(m["x1"].shape[-1], cos, sin):
         return Reject("cos and sin do not have one entry for every pair of channels", cos, progress=1)
-    return rotation if "rest" not in m else _with_rest(canon, rotation, m["rest"])
-
-
-def _table_widths(m: Match, cos: Value) -> tuple[Any]:
-    pairs = m["x1"].shape[-1]
-    return (pairs if cos is m["cos1"] else 2 * pairs,)
+    x, layout = _deinterleaved(canon, x, layout)
+    found_rotation = _Rotation(x, cos, sin, layout, 1 if m["first"].op == "sub" else -1)
+    return found_rotation if "rest" not in m else _with_rest(canon, found_rotation, m["rest"])
 
 
 def _joined_tables(canon: Canon, m: Match, layout: str) -> tuple[Value | None, Value | None]:
@@ -190,7 +229,8 @@ def _whole_of(canon: Canon, first: Value, second: Value, layout: str) -> Value |
         return None
     if first.op == second.op == "slice" and first.args[0] is second.args[0] and first.attrs["dim"] == second.attrs["dim"] == first.ndim - 1:
         return canon.slice(first.args[0], -1, first.attrs["start"], second.attrs["stop"])
-    return canon.cat((first, second), -1)
+    whole = canon.cat((first, second), -1) if same_shape(first.shape, second.shape) else None
+    return whole if whole is not None and whole.node is not None else None
 
 
 def _with_rest(canon: Canon, rotation: _Rotation, rest: Value) -> _Rotation | Reject:
@@ -226,11 +266,10 @@ def _checker(read: Callable[[Match], _Rotation | Reject]) -> Callable[[Match], R
         if isinstance(rotation, Reject):
             return rotation
         x, site = rotation.x, m["site"]
-        wrong = _check_width(x) if rotation.rotary_dim < 0 else None
-        if wrong is not None:
-            return wrong
         if not same_shape(x.shape, site.shape):
             return Reject("cos and sin have more rows than the tensor that they rotate", rotation.cos, progress=2)
+        if any(table.dtype is None or not table.dtype.is_floating_point for table in (rotation.cos, rotation.sin)):
+            return Reject("cos or sin is not a real floating-point tensor", rotation.cos, progress=2)
         if bits(site.dtype) > 32 and all(bits(value.dtype) <= 32 for value in (x, rotation.cos, rotation.sin)):
             return Reject(f"the model rotates in {site.dtype}, the fused op in fp32", site, progress=2)
         if m.exact and bits(site.dtype) < 32:
@@ -299,3 +338,190 @@ ROTARY_PARTIAL = Rule(
     rewrite=_rewriter(_read_partial),
     produces="rotary",
 )
+
+
+# -------------------------------------------------------------------- q and k
+
+
+def _shared_table(form: Form) -> Hashable:
+    """What rotations have in common that one call can make. A form of several tensors is a group already."""
+    args = form.args
+    return tuple(args[name] for name in ("cos", "sin", "layout", "rotary_dim", "sign", "out_dtype")) if len(args["xs"]) == 1 else None
+
+
+def _rotate_together(forms: Sequence[Form]) -> Call:
+    return Call(rotary, {**forms[0].args, "xs": [form.args["xs"][0] for form in forms]}, [form.match.outputs[0] for form in forms])
+
+
+ROTARY_GROUP = GroupRule("rotary_q_and_k", member="rotary", key=_shared_table, combine=_rotate_together, produces="rotary")
+
+
+# -------------------------------------------------------------------- q/k norm and rotation
+
+HEADS_FIRST = (0, 2, 1, 3)
+_NORM_ARGUMENTS = ("eps", "weight_offset", "round_dtype")
+
+
+def _normed(name: str) -> Pattern:
+    """A normalised tensor, its heads moved first or not."""
+    norm = sem("rms_norm", gate=None).as_(name)
+    return any_of(norm, opt_round(permute(norm, dims=HEADS_FIRST).as_(f"{name}_heads_first")))
+
+
+def _norm_key(form: Form) -> tuple[Any, ...]:
+    """The arguments that the norms of q and k must share."""
+    return (*(form.args.get(name) or None for name in _NORM_ARGUMENTS), form.args.get("weight") is None, form.args.get("gate") is None)
+
+
+def _check_norms(q: Form, k: Form, q_out: Value, k_out: Value) -> Reject | None:
+    """The norms of q and k are of one kind, along the heads' channels, and keep the dtype: `q_out` is what leaves the norm of q."""
+    if _norm_key(q) != _norm_key(k):
+        return Reject("q and k are normalised in different ways (eps, weight, rounding)", k_out)
+    for form, out in ((q, q_out), (k, k_out)):
+        weight, x = form.args.get("weight"), form.args["x"]
+        if weight is not None and not same_shape(weight.shape, x.shape[-1:]):
+            return Reject("the weight of the norm is not one vector along the heads' channels", weight)
+        if out.dtype != x.dtype:
+            return Reject(f"the norm takes {x.dtype} and gives {out.dtype}, the fused op gives what it takes", out)
+    if not known_equal(q.args["x"].shape[-1], k.args["x"].shape[-1]):
+        return Reject("the heads of q and k have different sizes", k_out)
+    return None
+
+
+def _norm_arguments(q: Form, k: Form) -> dict[str, Any]:
+    shared = {name: q.args[name] for name in _NORM_ARGUMENTS if name in q.args}
+    return {"q_weight": q.args.get("weight"), "k_weight": k.args.get("weight"), **shared}
+
+
+def _rotary_arguments(form: Form) -> dict[str, Any]:
+    return {name: form.args[name] for name in ("cos", "sin", "layout", "rotary_dim", "sign")}
+
+
+def check_qk_norm_rotary(m: Match) -> Reject | None:
+    q, k, rotated = m.form("q"), m.form("k"), m.form("rotated")
+    if ("q_heads_first" in m) != ("k_heads_first" in m):
+        return Reject("the heads of one of q and k are moved first before the rotation, those of the other are not", m["k"])
+    q_in, k_in = rotated.args["xs"]
+    wrong = _check_norms(q, k, q_in, k_in)
+    if wrong is None and any(out.dtype != x.dtype for out, x in zip(rotated.match.outputs, (q_in, k_in), strict=True)):
+        return Reject("the rotation changes the dtype, the fused op does not", m.root)
+    return wrong
+
+
+def rewrite_qk_norm_rotary(m: Match) -> Call:
+    q, k, rotated = m.form("q"), m.form("k"), m.form("rotated")
+    args = {"q": q.args["x"], "k": k.args["x"], **_norm_arguments(q, k), **_rotary_arguments(rotated), "heads_first": "q_heads_first" in m, "norm_last": False}
+    return Call(qk_norm_rotary, args, rotated.match.outputs)
+
+
+QK_NORM_ROTARY = Rule(
+    "qk_norm_rotary",
+    pattern=sem("rotary", xs=[_normed("q"), _normed("k")]).as_("rotated"),
+    check=check_qk_norm_rotary,
+    rewrite=rewrite_qk_norm_rotary,
+    produces="qk_norm_rotary",
+)
+
+
+def _rotated_input(form: Form) -> Form | None:
+    """The rotation of q and k together whose result a norm takes."""
+    found = form.args["x"].form("rotary")
+    return found if found is not None and len(found.args["xs"]) == 2 else None
+
+
+def _norm_after_rotation(form: Form) -> Hashable:
+    rotated = _rotated_input(form)
+    return None if rotated is None else (rotated.match, *_norm_key(form))
+
+
+def _norm_together(forms: Sequence[Form]) -> Call | None:
+    by_output = {rotated.output: form for form in forms if (rotated := _rotated_input(form)) is not None}
+    if sorted(by_output) != [0, 1]:
+        return None
+    q, k = by_output[0], by_output[1]
+    rotated = _rotated_input(q)
+    assert rotated is not None
+    outputs = [q.match.outputs[0], k.match.outputs[0]]
+    kept = all(x.dtype == middle.dtype for x, middle in zip(rotated.args["xs"], rotated.match.outputs, strict=True))
+    if not kept or _check_norms(q, k, outputs[0], outputs[1]) is not None:
+        return None
+    xs = rotated.args["xs"]
+    args = {"q": xs[0], "k": xs[1], **_norm_arguments(q, k), **_rotary_arguments(rotated), "heads_first": False, "norm_last": True}
+    return Call(qk_norm_rotary, args, outputs)
+
+
+QK_ROTARY_NORM = GroupRule(
+    "qk_rotary_norm",
+    member="rms_norm",
+    key=_norm_after_rotation,
+    combine=_norm_together,
+    produces="qk_norm_rotary",
+    absorbs={"rotary": _rotated_input},
+)
+
+
+# -------------------------------------------------------------------- merged QKV
+
+
+def _heads(name: str) -> Pattern:
+    """The heads [B, S, N, D] of q or k, taken from the merged projection."""
+    return reshape(sliced(var("qkv"), dim=LAST, step=1).as_(f"{name}_slice")).as_(name)
+
+
+def _moved(name: str) -> Pattern:
+    return permute(_heads(name), dims=HEADS_FIRST)
+
+
+def _read_qkv(m: Match) -> tuple[int, int, int, Value] | Reject:
+    """Numbers of heads of q and of k, their size, and the value tensor."""
+    canon, qkv, q, k = m.view.canon, m["qkv"], m["q"], m["k"]
+    if qkv.ndim != 3 or any(x.ndim != 4 or not same_shape(x.shape[:2], qkv.shape[:2]) for x in (q, k)):
+        return Reject("q and k are not [batch, sequence, heads, size] parts of a [batch, sequence, channels] tensor", m["q_slice"])
+    heads, kv_heads, size = q.shape[2], k.shape[2], q.shape[3]
+    if not all(isinstance(number, int) for number in (heads, kv_heads, size)) or not known_equal(k.shape[3], size):
+        return Reject("the numbers of heads are not known, or heads of q and k differ in size", k)
+    bounds = (0, heads * size, (heads + kv_heads) * size, (heads + 2 * kv_heads) * size)
+    parts = [(m[f"{name}_slice"].attrs["start"], m[f"{name}_slice"].attrs["stop"]) for name in ("q", "k")]
+    if parts != [(bounds[0], bounds[1]), (bounds[1], bounds[2])] or not known_equal(qkv.shape[-1], bounds[3]):
+        return Reject("the merged projection is not all heads of q, then of k, then as many of v", qkv)
+    v = canon.permute(canon.reshape(canon.slice(qkv, -1, bounds[2], bounds[3]), k.shape), HEADS_FIRST)
+    if v.node is None:
+        return Reject("the model does not move the heads of v first", qkv)
+    return heads, kv_heads, size, v
+
+
+def check_qkv_rotary(m: Match) -> Reject | None:
+    found = _read_qkv(m)
+    if isinstance(found, Reject):
+        return found
+    if any(output.dtype != m["qkv"].dtype for output in m.form("rotated").match.outputs):
+        return Reject("the rotation changes the dtype, the fused op does not", m.root)
+    return None
+
+
+def rewrite_qkv_rotary(m: Match) -> Call:
+    found = _read_qkv(m)
+    assert not isinstance(found, Reject)
+    heads, kv_heads, size, v = found
+    rotated = m.form("rotated")
+    args = {"qkv": m["qkv"], "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": size, **_rotary_arguments(rotated)}
+    if rotated.op == "rotary":
+        args.update(q_weight=None, k_weight=None, eps=0.0, norm=False)
+    else:
+        args.update({name: rotated.args[name] for name in ("q_weight", "k_weight", *_NORM_ARGUMENTS) if name in rotated.args})
+    return Call(qkv_norm_rotary, args, [*rotated.match.outputs, v])
+
+
+QKV_NORM_ROTARY = Rule(
+    "qkv_norm_rotary",
+    pattern=any_of(
+        sem("rotary", xs=[_moved("q"), _moved("k")]).as_("rotated"),
+        sem("qk_norm_rotary", q=_heads("q"), k=_heads("k"), heads_first=True, norm_last=False).as_("rotated"),
+        sem("qk_norm_rotary", q=_moved("q"), k=_moved("k"), heads_first=False, norm_last=False).as_("rotated"),
+    ),
+    check=check_qkv_rotary,
+    rewrite=rewrite_qkv_rotary,
+    produces="qkv_norm_rotary",
+)
+
+register_builtin(ROTARY, ROTARY_PAIRS, ROTARY_PARTIAL, ROTARY_GROUP, QK_NORM_ROTARY, QK_ROTARY_NORM, QKV_NORM_ROTARY)

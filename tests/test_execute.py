@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from npu_fusion import capture
@@ -23,6 +24,22 @@ def graph_of(fn: object, *args: Tensor) -> GraphModule:
     gm = make_fx(fn, tracing_mode="fake")(*args)
     assert isinstance(gm, GraphModule)
     return gm
+
+
+class _FakeDevice(Tensor):
+    """A 0-d tensor that claims to live on any device: there need be none."""
+
+    _claimed: torch.device
+
+    @staticmethod
+    def __new__(cls, device: torch.device) -> _FakeDevice:
+        tensor = torch.zeros(()).as_subclass(cls)
+        tensor._claimed = device
+        return tensor
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self._claimed
 
 
 def record_for(executor: str, target: str = "cpu") -> GraphRecord:
@@ -114,6 +131,25 @@ class TestGraph:
 
         gm = graph_of(write, torch.zeros(2, 3), torch.zeros(1, 3), torch.zeros(2))
         assert capture._written_inputs(gm) == {0, 2}
+
+    def test_what_cannot_be_captured(self) -> None:
+        """On fake devices: the reasons are read off the graph."""
+
+        def on_device(build: Callable[[Graph, Node], Node], *vals: torch.device) -> str | None:
+            graph = Graph()
+            x = graph.placeholder("x")
+            y = build(graph, x)
+            graph.output((y,))
+            for node, device in zip((x, y), vals, strict=True):
+                node.meta["val"] = _FakeDevice(device)
+            return capture.unsuitable(GraphModule(torch.nn.Module(), graph))
+
+        cuda, host = torch.device("cuda", 0), torch.device("cpu")
+        assert on_device(lambda g, x: g.call_function(aten.neg.default, (x,)), cuda, cuda) is None
+        assert "copies between host and device" in str(on_device(lambda g, x: g.call_function(aten._to_copy.default, (x,)), host, cuda))
+        assert "shape depends on data" in str(on_device(lambda g, x: g.call_function(aten.nonzero.default, (x,)), cuda, cuda))
+        assert "back to the host" in str(on_device(lambda g, x: g.call_function(aten.item.default, (x,)), cuda, cuda))
+        assert "more than one device" in str(on_device(lambda g, x: g.call_function(aten.neg.default, (x,)), cuda, torch.device("cuda", 1)))
 
     def test_what_a_capture_depends_on(self) -> None:
         x = torch.randn(2, 3)

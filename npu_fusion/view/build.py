@@ -66,6 +66,7 @@ class ViewBuilder:
         self.canon = view.canon
         self.table = view.table
         self._handlers: dict[Any, tuple[Handler | None, Any]] = {}
+        self._changed: dict[Node, Value] = {}
         self._by_storage: dict[int, list[Node]] = {}
         self._indexed = 0
 
@@ -86,10 +87,13 @@ class ViewBuilder:
         self._index_storages()
         for storage in {storage for node in written for storage in _storages(node)}:
             for node in self._by_storage[storage]:
-                if node in self.view.of:
-                    self.view.overwritten.setdefault(node, mutation)
-                    shape, dtype = meta_of(node)
-                    self.view.of[node] = self.table.unique("overwritten", (self.view.of[mutation],), {}, shape, dtype)
+                self.view.overwritten.setdefault(node, mutation)
+                shape, dtype = meta_of(node)
+                self._changed[node] = self.table.unique("overwritten", (self.view.of[mutation],), {}, shape, dtype)
+
+    def value_of(self, node: Node) -> Value:
+        """The value that a node's memory holds by now."""
+        return self._changed.get(node) or self.view.of[node]
 
     def _index_storages(self) -> None:
         """Enter the nodes visited since the last time. Only graphs with mutations pay for this."""
@@ -140,7 +144,7 @@ class ViewBuilder:
     def _getitem(self, node: Node) -> Value:
         source, index = node.args
         assert isinstance(source, Node)
-        owner = self.view.of[source]
+        owner = self.value_of(source)
         parts = owner.attrs.get("parts")
         if parts is not None and isinstance(index, int):
             part: Value = parts[index]
@@ -152,7 +156,7 @@ class ViewBuilder:
         """A value equal to no other, with the node's tensor inputs as operands."""
         shape, dtype = meta_of(node)
         name = _name_of(node.target) if isinstance(node.target, OpOverload) else str(node.target)
-        return self.table.unique(name, [self.view.of[n] for n in node.all_input_nodes], {"opaque": True}, shape, dtype)
+        return self.table.unique(name, [self.value_of(n) for n in node.all_input_nodes], {"opaque": True}, shape, dtype)
 
     def _generic(self, node: Node, schema: Any, arguments: list[Any]) -> Value:
         """Any other pure op: operands by value, everything else by schema name.
@@ -163,7 +167,7 @@ class ViewBuilder:
         attrs: dict[str, Any] = {}
         for spec, argument in zip(schema.arguments, arguments, strict=True):
             if isinstance(argument, Node):
-                operands.append(self.view.of[argument])
+                operands.append(self.value_of(argument))
                 attrs[f"@{spec.name}"] = 1
             elif isinstance(argument, (list, tuple)) and any(isinstance(item, Node) for item in argument):
                 operands.extend(self.operand(item) for item in argument if item is not None)
@@ -184,7 +188,7 @@ class ViewBuilder:
     def operand(self, argument: Any) -> Value:
         """The value of an argument that is a node or a Python number."""
         if isinstance(argument, Node):
-            return self.view.of[argument]
+            return self.value_of(argument)
         return self.canon.const(argument)
 
     def dim(self, argument: Any) -> Dim:
@@ -281,3 +285,4 @@ def _hashable(argument: Any) -> Any:
 
 
 from . import handlers as _handlers  # noqa: E402,F401  (fills _HANDLERS)
+from . import norms as _norms  # noqa: E402,F401  (and so does this)

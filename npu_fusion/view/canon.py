@@ -32,6 +32,7 @@ class Canon:
     def __init__(self, table: ValueTable) -> None:
         self.table = table
         self._reduced: set[Value] = set()
+        self._products: set[Value] = set()
 
     # ---------------------------------------------------------------- leaves
 
@@ -86,6 +87,11 @@ class Canon:
 
     def _is_squeezed_reduction(self, x: Value) -> bool:
         return x.op == "reshape" and x.args[0] in self._reduced
+
+    # A batch folded for a product is unfolded behind it, and behind the arithmetic that follows (see `matmul`).
+
+    def _is_folded_product(self, x: Value) -> bool:
+        return x.op == "reshape" and x.args[0] in self._products and x.ndim == 3 and _folds_batch(x, x.args[0])
 
     def _mark_reduced(self, result: Value, operand: Value | None = None) -> Value:
         if operand is None or operand in self._reduced:
@@ -253,6 +259,12 @@ class Canon:
         return out if keepdim else self.reshape(out, tuple(d for i, d in enumerate(x.shape) if i not in axes))
 
     def softmax(self, x: Value, dim: int) -> Value:
+        dim = normal_dim(dim, x.ndim)
+        if x.op == "sub" and x.args[1].op == "amax" and x.args[1].args[0] is x.args[0] and x.args[1].attrs["dims"] == (dim,):
+            x = x.args[0]  # a softmax does not see what all its inputs have in common
+        lead = _folded_lead(x)
+        if lead is not None and dim == x.ndim - 1:
+            return self.reshape(self.softmax(self.reshape(x, (*lead, *x.shape[1:])), -1), x.shape)
         return self.table.intern("softmax", (x,), {"dim": normal_dim(dim, x.ndim)}, x.shape, x.dtype)
 
     # ---------------------------------------------------------------- views
@@ -319,6 +331,9 @@ class Canon:
             return x
         if x.op == "cast":
             return self.cast(self.permute(x.args[0], dims), x.attrs["dtype"])
+        if x.ndim == 3 and dims == (0, 2, 1) and x.op == "reshape" and _folds_batch(x, x.args[0]):
+            lead = x.args[0].ndim - 2
+            return self.reshape(self.permute(x.args[0], (*range(lead), lead + 1, lead)), tuple(x.shape[d] for d in dims))
         return self.table.intern("permute", (x,), {"dims": dims}, tuple(x.shape[d] for d in dims), x.dtype)
 
     def slice(self, x: Value, dim: int, start: Dim | None, stop: Dim | None, step: Dim = 1, length: Dim | None = None) -> Value:
@@ -366,6 +381,8 @@ class Canon:
             return self.cast(self.cat([part.args[0] for part in flat], dim), flat[0].attrs["dtype"])
         size: Dim = sum((part.shape[dim] for part in flat), start=0)
         shape = flat[0].shape[:dim] + (_plain(size),) + flat[0].shape[dim + 1 :]
+        if dim < flat[0].ndim - 1 and known_equal(flat[0].shape[dim], 1) and all(part is flat[0] for part in flat):
+            return self.expand(flat[0], shape)
         return self.table.intern("cat", flat, {"dim": dim}, shape, flat[0].dtype)
 
     def stack(self, parts: Sequence[Value], dim: int) -> Value:
@@ -411,12 +428,15 @@ class Canon:
             inner = a.args[0]
             if inner.ndim > 1 and known_equal(inner.shape[-1], a.shape[-1]):
                 return self.reshape(self.matmul(inner, b), (a.shape[0], b.shape[1]))
-        if a.ndim == 3 and b.ndim == 3 and a.op == "reshape" and b.op == "reshape":
-            left, right = a.args[0], b.args[0]
-            if _folds_batch(a, left) and _folds_batch(b, right) and same_shape(left.shape[:-2], right.shape[:-2]):
-                return self.reshape(self.matmul(left, right), (a.shape[0], a.shape[1], b.shape[2]))
+        lead = min((found for found in (_folded_lead(a), _folded_lead(b)) if found is not None), key=len, default=None)
+        if lead is not None and a.ndim == 3 and b.ndim == 3:
+            left, right = (self.reshape(x, (*lead, *x.shape[1:])) for x in (a, b))
+            return self.reshape(self.matmul(left, right), (a.shape[0], a.shape[1], b.shape[2]))
         batch = broadcast(a.shape[:-2], b.shape[:-2])
-        return self.table.intern("matmul", (a, b), {}, (*batch, a.shape[-2], b.shape[-1]), a.dtype)
+        product = self.table.intern("matmul", (a, b), {}, (*batch, a.shape[-2], b.shape[-1]), a.dtype)
+        if product.ndim > 3:
+            self._products.add(product)
+        return product
 
 
 def number_of(x: Value) -> float | int | bool | None:
@@ -458,6 +478,15 @@ def _merges(split: Shape, whole: Shape, dim: int) -> bool:
 
 def _folds_batch(folded: Value, inner: Value) -> bool:
     return inner.ndim > 3 and same_shape(inner.shape[-2:], folded.shape[-2:])
+
+
+def _folded_lead(x: Value) -> Shape | None:
+    """The leading dimensions [A, B, ...] that a value [A * B * ..., M, K] was folded from, if it was."""
+    while x.op == "cast":
+        x = x.args[0]
+    if x.ndim == 3 and x.op == "reshape" and _folds_batch(x, x.args[0]):
+        return x.args[0].shape[:-2]
+    return None
 
 
 def _bound(bound: Dim, size: Dim) -> Dim:

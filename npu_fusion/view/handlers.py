@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -185,6 +186,16 @@ def _reduce(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     return b.canon.reduce(node.target._opname, b.cast_operand(args[0], dtype), dims, keepdim)  # type: ignore[union-attr]
 
 
+@handles("max.dim", "min.dim")
+def _max_dim(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
+    x = b.operand(args[0])
+    name = node.target._opname  # type: ignore[union-attr]
+    values = b.canon.reduce(f"a{name}", x, [args[1]], bool(args[2]))
+    dim = normal_dim(args[1], x.ndim)
+    indices = b.table.intern(f"arg{name}", (x,), {"dim": dim, "keepdim": bool(args[2])}, values.shape, torch.int64)
+    return b.table.unique("split", (x,), {"parts": (values, indices)}, (), None)
+
+
 @handles("linalg_vector_norm", "norm.ScalarOpt_dim", "norm.ScalarOpt_dim_dtype")
 def _norm(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     """The Euclidean norm is the root of the sum of squares."""
@@ -206,6 +217,35 @@ def _softmax(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     if node.target._opname == "_safe_softmax":  # type: ignore[union-attr]  # zeros, not NaN, where everything is -inf: another value
         return b.table.intern("softmax", (x,), {"dim": normal_dim(args[1], x.ndim), "safe": True}, x.shape, x.dtype)
     return b.canon.softmax(x, args[1])
+
+
+@handles(
+    "npu_fusion_lifted::scaled_dot_product_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
+def _sdpa(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
+    """sdpa(query, key, value, scale), with the mask as a fifth operand where there is one."""
+    names = [spec.name for spec in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, args, strict=True))
+    query, key, value = (b.operand(given[name]) for name in ("query", "key", "value"))
+    mask = given.get("attn_mask", given.get("attn_bias"))
+    scale = given["scale"]
+    lifted = len(node.target._schema.returns) == 1  # type: ignore[union-attr]
+    if scale is None and isinstance(query.shape[-1], int):
+        scale = query.shape[-1] ** -0.5
+    if given["dropout_p"] != 0 or scale is None or not (lifted or only_first_result(node)):
+        return None
+    operands = [query, key, value, b.operand(scale), *([] if mask is None else [b.operand(mask)])]
+    shape, dtype = (*query.shape[:-1], value.shape[-1]), query.dtype
+    result = b.table.intern("sdpa", operands, {"is_causal": bool(given["is_causal"])}, shape, dtype)
+    return result if lifted else b.table.unique("split", (result,), {"parts": (result,)}, (), None)
+
+
+def only_first_result(node: Node) -> bool:
+    return all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
 
 
 @handles("mm", "bmm")
@@ -267,6 +307,23 @@ def _reshape(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
 @handles("expand", "broadcast_to", "expand_as", "expand_copy")
 def _expand(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     return b.canon.expand(b.operand(args[0]), meta_of(node)[0])
+
+
+@handles("repeat")
+def _repeat(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
+    """Each repeated dimension s becomes (r, s): a new dimension, expanded and folded into it. Tiles of the last dimension stay as they are."""
+    x = b.operand(args[0])
+    times = [b.dim(count) for count in args[1]]
+    sizes = (1,) * (len(times) - x.ndim) + x.shape
+    if times and not known_equal(times[-1], 1) and not known_equal(sizes[-1], 1):
+        return None
+    apart: list[Any] = []
+    expanded: list[Any] = []
+    for count, size in zip(times, sizes, strict=True):
+        tiled = not known_equal(count, 1) and not known_equal(size, 1)
+        apart += [1, size] if tiled else [size]
+        expanded += [count, size] if tiled else [count * size]
+    return b.canon.reshape(b.canon.expand(b.canon.reshape(x, tuple(apart)), tuple(expanded)), meta_of(node)[0])
 
 
 @handles("permute", "permute_copy")

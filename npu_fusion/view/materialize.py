@@ -82,6 +82,12 @@ class Materializer:
             return self._call(aten.gelu.default, args[0], approximate=attrs["approximate"])
         if op == "matmul":
             return self._call(aten.matmul.default, *args)
+        if op == "where":
+            like = args[0].meta["val"]
+            sides = [x if isinstance(x, Node) else self._call(aten.scalar_tensor.default, x, dtype=value.dtype, device=like.device) for x in args[1:]]
+            return self._call(aten.where.self, args[0], *sides)
+        if op in ("and", "or", "not"):
+            return self._call(getattr(aten, f"logical_{op}").default, *args)
         if op in _UNARY:
             return self._call(_UNARY[op], args[0])
         if op in _BINARY:

@@ -1,0 +1,79 @@
+"""Who relies on the memory that an FX node's tensor lies in: on its strides, or on its being nobody else's."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+
+from .view.shapes import known_equal, known_ge, product, to_dim
+
+aten = torch.ops.aten
+_OWN_NAMESPACES = ("aten", "prims", "npu_fusion", "npu_fusion_lifted")
+_HIDDEN_VIEWS = (aten._unsafe_view.default, aten.lift_fresh.default)  # share memory, though their schemas do not say so
+
+
+def is_view(node: Node) -> bool:
+    """Whether the node's tensor may lie in the memory of its first input."""
+    if node.target is operator.getitem or node.target in _HIDDEN_VIEWS:
+        return True
+    if not isinstance(node.target, OpOverload):
+        return False
+    return any(result.alias_info is not None and not result.alias_info.is_write for result in node.target._schema.returns)
+
+
+def returned_memory(graph: Graph) -> set[Node]:
+    """The nodes whose memory the graph hands out, as such or as a view."""
+    stack = [node for output in graph.find_nodes(op="output") for node in output.all_input_nodes]
+    found: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            if is_view(node):
+                stack += node.all_input_nodes[:1]
+    return found
+
+
+def needs_layout(node: Node) -> bool:
+    """Whether somebody may rely on the strides: the caller, `as_strided`, an op that is not PyTorch's."""
+    stack, seen = [node], {node}
+    while stack:
+        for user in stack.pop().users:
+            if user.op == "output" or user.target is aten.as_strided.default or _is_foreign(user):
+                return True
+            if is_view(user) and user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+def _is_foreign(user: Node) -> bool:
+    if user.target is operator.getitem:
+        return False
+    return not isinstance(user.target, OpOverload) or user.target.namespace not in _OWN_NAMESPACES
+
+
+def same_strides(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape surely have the strides of one another, in the dimensions where that matters."""
+    triples = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(known_equal(to_dim(x), to_dim(y)) or known_equal(to_dim(size), 1) for size, x, y in triples)
+
+
+def dims_by_stride(tensor: Tensor) -> list[int] | None:
+    """The order of dimensions, outermost first, in which the tensor is dense; None if it surely is not or one cannot tell."""
+    order = sorted(range(tensor.dim()), key=lambda dim: (_rank(tensor, dim), dim))
+    for place, dim in enumerate(order):
+        expected = product(to_dim(tensor.shape[inner]) for inner in order[place + 1 :])
+        if not known_equal(to_dim(tensor.stride(dim)), expected) and not known_equal(to_dim(tensor.shape[dim]), 1):
+            return None
+    return order
+
+
+def _rank(tensor: Tensor, dim: int) -> int:
+    """How many dimensions have a larger stride for certain."""
+    own = to_dim(tensor.stride(dim))
+    return sum(known_ge(to_dim(stride), own) and not known_equal(to_dim(stride), own) for stride in tensor.stride())

@@ -1,0 +1,126 @@
+"""Inductor as an executor, and as the route through its custom passes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from npu_fusion.backend import npu_fusion_backend, records_of
+from npu_fusion.errors import ConfigError
+from npu_fusion.lowerings.inductor import inductor_options
+from npu_fusion.record import GraphRecord
+
+aten = torch.ops.aten
+
+
+class Block(nn.Module):
+    """Norm, attention and a gated MLP, as plain as they come."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.gate, self.up, self.down = nn.Linear(width, 32), nn.Linear(width, 32), nn.Linear(32, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return x + self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def compiled(fn: Any, **kwargs: Any) -> Any:
+    kwargs.setdefault("backend", npu_fusion_backend)
+    return torch.compile(fn, **kwargs)
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = 2e-5) -> None:
+    for a, b in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
+        if isinstance(a, Tensor):
+            assert a.dtype == b.dtype
+            assert a.shape == b.shape
+            assert (a.double() - b.double()).abs().max() <= tolerance * max(1.0, b.double().abs().max().item())
+        else:
+            assert a == b
+
+
+def single(fn: Any) -> GraphRecord:
+    (record,) = records_of(fn)
+    return record
+
+
+class TestInductor:
+    x = torch.randn(2, 3, 16)
+
+    def test_executor(self) -> None:
+        block = Block().eval()
+        run = compiled(block, options={"executor": "inductor"}, dynamic=True)
+        with torch.no_grad():
+            for length in (3, 5):
+                x = torch.randn(2, length, 16)
+                assert_close(run(x), block(x))
+        assert {record.config.executor for record in records_of(run)} == {"inductor"}
+
+    def test_executor_with_a_cache(self) -> None:
+        def step(cache: Tensor, x: Tensor, pos: Tensor) -> Tensor:
+            cache.index_copy_(1, pos, F.silu(x))
+            return F.rms_norm(cache, (4,), None, 1e-6)
+
+        run = compiled(step, options={"executor": "inductor"})
+        mine = torch.randn(2, 6, 4)
+        theirs = mine.clone()
+        with torch.no_grad():
+            for i in range(3):
+                x, pos = torch.randn(2, 1, 4), torch.tensor([i])
+                assert_close(run(mine, x, pos), step(theirs, x, pos))
+                assert_close(mine, theirs)
+
+    def test_custom_passes(self) -> None:
+        block = Block().eval()
+        run = torch.compile(block, backend="inductor", options=inductor_options())
+        with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+            assert_close(run(self.x), block(self.x))
+        record = single(run)
+        aten_calls = {node.target for node in record.stages["aten"].graph.nodes}
+        assert aten.silu.default in aten_calls
+        assert torch.ops.npu_fusion_lifted.scaled_dot_product_attention.default in aten_calls
+        assert torch.ops.npu_fusion_lifted.rms_norm.default in aten_calls
+
+    @pytest.mark.slow
+    def test_custom_passes_leave_training_alone(self) -> None:
+        block = Block()
+        twin = copy.deepcopy(block)
+        run = torch.compile(block, backend="inductor", options=inductor_options())
+        with torch._inductor.config.patch(force_disable_caches=True):
+            run(self.x).sum().backward()
+        twin(self.x).sum().backward()
+        assert block.up.weight.grad is not None
+        assert twin.up.weight.grad is not None
+        assert torch.allclose(block.up.weight.grad, twin.up.weight.grad, atol=1e-5)
+        assert records_of(run) == []
+
+    @pytest.mark.slow
+    def test_passes_set_before_still_run(self) -> None:
+        seen: list[str] = []
+        patches = {"pre_grad_custom_pass": lambda graph: seen.append("pre"), "post_grad_custom_pre_pass": lambda graph: seen.append("post")}
+        with torch._inductor.config.patch(patches):
+            options = inductor_options()
+        run = torch.compile(Block().eval(), backend="inductor", options=options)
+        with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+            run(self.x)
+        assert seen == ["pre", "post"]
+        assert options["post_grad_custom_pre_pass"].uuid() is None
+
+    def test_uuid_covers_the_configuration(self) -> None:
+        def uuid(**options: Any) -> Any:
+            return inductor_options(**options)["post_grad_custom_pre_pass"].uuid()
+
+        assert uuid() == uuid()
+        assert len({uuid(), uuid(rounding="exact"), uuid(target="cpu"), uuid(rules=())}) == 4
+        with pytest.raises(ConfigError, match="unknown option"):
+            inductor_options(rouding="exact")
