@@ -26,8 +26,10 @@ import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -228,6 +230,7 @@ class State:
 
     def __init__(self, path: Path, code: str) -> None:
         self.path, self.code = path, code
+        self.lock = threading.Lock()
         self.results: dict[Cell, Result] = {}
         if path.exists():
             for line in path.read_text().splitlines():
@@ -238,7 +241,7 @@ class State:
     def add(self, result: Result) -> None:
         self.results[result.cell] = result
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
+        with self.lock, self.path.open("a") as file:
             file.write(json.dumps(asdict(result)) + "\n")
 
 
@@ -261,17 +264,23 @@ def select_cells(options: argparse.Namespace) -> dict[str, list[Cell]]:
     return {name: [Cell(name, *axis) for axis in itertools.product(*axes)] for name in names}
 
 
-def run_all(cells: dict[str, list[Cell]], state: State, timeout: float, budget: float) -> None:
+def run_all(cells: dict[str, list[Cell]], state: State, timeout: float, budget: float, jobs: int) -> None:
+    """Measure what the state lacks, `jobs` architectures at a time."""
     start = time.monotonic()
-    for index, (name, wanted) in enumerate(cells.items(), 1):
-        missing = [cell for cell in wanted if cell not in state.results]
+    done = itertools.count(1)
+
+    def run(name: str) -> None:
         if time.monotonic() - start > budget:
-            print(f"the time is up before {name}; run again to go on", flush=True)
             return
-        for result in run_cells(missing, state.code, timeout):
+        for result in run_cells([cell for cell in cells[name] if cell not in state.results], state.code, timeout):
             state.add(result)
-        statuses = [state.results[cell].status for cell in wanted]
-        print(f"[{index}/{len(cells)}] {name}: {_tally(statuses)}", flush=True)
+        statuses = [state.results[cell].status for cell in cells[name]]
+        print(f"[{next(done)}/{len(cells)}] {name}: {_tally(statuses)}", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run, cells))
+    if any(cell not in state.results for wanted in cells.values() for cell in wanted):
+        print("the time is up; run again to go on", flush=True)
 
 
 def _tally(values: Iterable[str]) -> str:
@@ -290,6 +299,7 @@ def main() -> None:
     parser.add_argument("--attn", action="append", choices=ATTENTION)
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds a cell may take")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no architecture is begun")
+    parser.add_argument("--jobs", type=int, default=1, help="architectures measured at a time")
     parser.add_argument("--state", type=Path, default=default_state(), help="where results are kept (%(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "coverage.md")
     parser.add_argument("--write-only", action="store_true", help="measure nothing, write the document")
@@ -302,7 +312,7 @@ def main() -> None:
 
     state = State(options.state, code_digest())
     if not options.write_only:
-        run_all(select_cells(options), state, options.timeout, options.budget)
+        run_all(select_cells(options), state, options.timeout, options.budget, options.jobs)
     options.output.write_text(document(list(state.results.values())))
     print(f"wrote {options.output} from {len(state.results)} results")
 

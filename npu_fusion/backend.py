@@ -74,6 +74,7 @@ class FusionBackend:
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         config = resolve(self.config, gm, example_inputs)
+        real_inputs = torch_private.real_inputs(gm)
         lifted = lift.lift(gm, example_inputs)
         made: list[GraphRecord] = []
 
@@ -84,7 +85,7 @@ class FusionBackend:
         def compile_inference(graph: GraphModule, inputs: Sequence[Any]) -> Boxed:
             record = new_record()
             record.seconds["aot"] = time.perf_counter() - started
-            return _counted(self._compile(graph, inputs, record), record)
+            return _counted(self._compile(graph, inputs, record, real_inputs), record)
 
         def compile_forward(graph: GraphModule, inputs: Sequence[Any]) -> Boxed:
             record = new_record()
@@ -107,27 +108,30 @@ class FusionBackend:
         """Called by `torch.compiler.reset()`."""
         forget_records()
 
-    def _compile(self, gm: GraphModule, inputs: Sequence[Any], record: GraphRecord) -> Boxed:
+    def _compile(self, gm: GraphModule, inputs: Sequence[Any], record: GraphRecord, real_inputs: Sequence[Any]) -> Boxed:
         """Fuse, lower and build the executor of one ATen inference graph."""
         original = copy.deepcopy(gm.graph)
-        if not _rewrite(gm, record):
+        if not _rewrite(gm, record, real_inputs):
             _run_unfused(gm, copy.deepcopy(original), record)
         record.stages["lowered"] = gm
         if self.dry_run:
             return eager(_unfused(gm, original))
         with _timed(record, "execute"):
-            run = execute(gm, inputs, record)
-        return _verified(run, record) if record.checks else run
+            merged = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")][len(inputs) :]
+            run = execute(gm, [*inputs, *merged], record)
+        if record.checks:
+            run = _verified(run, record)
+        return run if record.weights is None else record.weights.supply(run)
 
 
-def _rewrite(gm: GraphModule, record: GraphRecord) -> bool:
+def _rewrite(gm: GraphModule, record: GraphRecord, real_inputs: Sequence[Any]) -> bool:
     """Fuse, lower and reinplace in place. False where the engine itself failed, which must not break the model.
 
     Raises:
         NpuFusionError: what the user asked to hear of: a bad configuration, a failed verification.
     """
     try:
-        _rewrite_stages(gm, record)
+        _rewrite_stages(gm, record, real_inputs)
     except NpuFusionError:
         raise
     except Exception as error:
@@ -139,12 +143,12 @@ def _rewrite(gm: GraphModule, record: GraphRecord) -> bool:
     return True
 
 
-def _rewrite_stages(gm: GraphModule, record: GraphRecord) -> None:
+def _rewrite_stages(gm: GraphModule, record: GraphRecord, real_inputs: Sequence[Any]) -> None:
     from .lower import lower_graph
     from .pipeline import fuse_graph
 
     config = record.config
-    fuse_graph(gm, config, record)
+    fuse_graph(gm, config, record, real_inputs)
     with _timed(record, "lower"):
         if config.executor == "inductor":
             from .lowerings.inductor import expand_for_inductor
@@ -161,7 +165,7 @@ def _run_unfused(gm: GraphModule, original: Graph, record: GraphRecord) -> None:
     """Put the graph back to what AOT traced, and say in the record that nothing is fused."""
     gm.graph = original
     lift.restore(gm)
-    record.sites, record.checks = [], []
+    record.sites, record.checks, record.weights = [], [], None
     aten = _unfused(gm, copy.deepcopy(original))
     record.stages = {"aten": aten, "fused": aten}
 
@@ -178,7 +182,7 @@ def _verified(run: Boxed, record: GraphRecord) -> Boxed:
 
     def call(inputs: list[Any]) -> Any:
         if pending:
-            compare(record.stages["aten"], pending, list(inputs))
+            compare(record.stages.get("merged", record.stages["aten"]), pending, list(inputs))
             pending.clear()
         return run(inputs)
 

@@ -121,7 +121,8 @@ class _Replayer:
         self.run = run
         self.record = record
         self.device_module = torch.get_device_module(next(val.device for val in _values(gm) if val.device.type != "cpu"))
-        self.in_place = _written_inputs(gm) | set(torch_private.static_input_indices())
+        own = {i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if torch_private.STATIC_INPUT in node.meta}
+        self.in_place = _written_inputs(gm) | set(torch_private.static_input_indices()) | own
         self.captures: OrderedDict[tuple[Any, ...], _Capture] = OrderedDict()
         self.capturable = True
 

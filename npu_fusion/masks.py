@@ -282,6 +282,8 @@ class _Reader:
             return self._product(value, at)
         if value.op == "add":
             return _joined(*(self.additive(arg, _operand_index(arg, at)) for arg in value.args))
+        if value.op == "maximum":
+            return self._floored(value, at)
         if value.op == "cast":
             inner = self.additive(value.args[0], at) if value.args[0].dtype != torch.bool else None
             return None if inner is None else (inner[0], _rounded(inner[1], value.dtype))
@@ -298,6 +300,14 @@ class _Reader:
         visible = _either(_both(test, then[0]), _both(_negated(test), otherwise[0]))
         return None if visible is None else (visible, _rounded(fill, value.dtype))
 
+    def _floored(self, value: Value, at: tuple[Index, ...]) -> tuple[Condition, float] | None:
+        """No lower than a negative number."""
+        for bound, other in (value.args, value.args[::-1]):
+            floor, inner = _constant(bound), self.additive(other, _operand_index(other, at))
+            if floor is not None and floor < 0 and inner is not None:
+                return inner[0], max(inner[1], float(floor)) if inner[0] != ALWAYS else inner[1]
+        return None
+
     def _triangular(self, value: Value, at: tuple[Index, ...]) -> tuple[Condition, float] | None:
         """Zero outside of the triangle."""
         inner = self.additive(value.args[0], at)
@@ -307,8 +317,10 @@ class _Reader:
     def _product(self, value: Value, at: tuple[Index, ...]) -> tuple[Condition, float] | None:
         """A number, or an additive mask, times a boolean seen as a number: zero where that is false."""
         for factor, other in (value.args, value.args[::-1]):
+            number, inner = _constant(factor), self.additive(other, _operand_index(other, at))
+            if number is not None and number > 0 and inner is not None and other.op not in ("const", "full"):
+                return inner[0], inner[1] * number
             hidden = self._indicator(factor, _operand_index(factor, at))
-            inner = self.additive(other, _operand_index(other, at))
             if hidden is not None and inner is not None and math.isfinite(inner[1]):
                 visible = _either(inner[0], _negated(hidden))
                 return None if visible is None else (visible, inner[1])

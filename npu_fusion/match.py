@@ -71,6 +71,11 @@ class Match:
         return self.config.rounding == "exact"
 
     @property
+    def idioms(self) -> frozenset[str]:
+        """The idioms of its sites, and of those of its parts that count under another idiom now (`Rule.instead_of`)."""
+        return frozenset(idiom for idiom, _ in self.sites).union(*(part.idioms for part in self.parts))
+
+    @property
     def outputs(self) -> list[Value]:
         return [value for value in self.call.outputs if value is not None]
 
@@ -221,7 +226,7 @@ class _Matcher:
             self._close_group(rule, group)
 
     def _members(self, rule: GroupRule) -> list[Form]:
-        """The newest forms of the member op in graph order. Of two that cover the same sites (the sum, and its cast) the outer one counts."""
+        """The newest forms of the member op in graph order. Of two that cover the same sites (a sum, and its cast) the outer one counts."""
         values = sorted(self.index.values(f"form:{rule.member}"), key=self._position)
         forms = [form for value in values if (form := value.form(rule.member)) is not None]
         inner: set[Value] = set()
@@ -248,7 +253,7 @@ class _Matcher:
         """Whether one of the form's inputs is computed from an output of the earlier one."""
         targets = set(earlier.match.outputs)
         oldest = min(value.index for value in targets)
-        stack = [value for value in form_inputs(form.args)]
+        stack = list(form_inputs(form.args))
         seen: set[Value] = set()
         while stack:
             value = stack.pop()
@@ -298,8 +303,10 @@ def form_inputs(args: Mapping[str, Any]) -> Iterator[Value]:
 
 
 def _covers(outer: Form, inner: Form) -> bool:
-    """Whether a match has an output that is not among another's, of whose sites it has all."""
-    return outer.match is not inner.match and set(inner.match.sites) <= set(outer.match.sites) and not set(outer.match.outputs) <= inner.match.visited
+    """Whether a match has all sites of another, and an output that the other does not run through."""
+    if outer.match is inner.match or not set(inner.match.sites) <= set(outer.match.sites):
+        return False
+    return not inner.match.visited.issuperset(outer.match.outputs)
 
 
 def _visited(state: State) -> frozenset[Value]:
@@ -308,7 +315,7 @@ def _visited(state: State) -> frozenset[Value]:
 
 def _sites(rule: Rule, match: Match, forms: Iterable[Form]) -> tuple[tuple[str, Value], ...]:
     own = [(idiom, match[name]) for idiom, name in rule.idioms.items() if name in match]
-    absorbed = [site for form in forms for site in form.match.sites]
+    absorbed = [site for form in forms for site in form.match.sites if site[0] not in rule.instead_of]
     return tuple(dict.fromkeys([*absorbed, *own]))
 
 

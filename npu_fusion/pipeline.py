@@ -21,17 +21,26 @@ from .rule import Rule, rules_of
 from .select import Candidate, Operation, select
 from .torch_private import lazy_graph_module
 from .view import Value, View, build_view
+from .weights import merge_linears
 
 
-def fuse_graph(gm: GraphModule, config: FusionConfig, record: GraphRecord) -> None:
+def fuse_graph(gm: GraphModule, config: FusionConfig, record: GraphRecord, real_inputs: Sequence[Any] = ()) -> None:
     """Rewrite a functional ATen graph in place: every selected match becomes a semantic op.
 
     Args:
         gm: graph module whose nodes carry `meta["val"]`.
         config: rules and rounding contract.
         record: gets the stages `aten` and `fused`, the sites, the exceptions of rules and the seconds spent.
+        real_inputs: the tensors behind the placeholders, where they are known: weights among them may be merged (`record.weights` then
+            supplies the graph's new inputs).
     """
     record.stages["aten"] = _snapshot(gm)
+    if real_inputs and config.merge_weights:
+        with _timed(record, "weights"):
+            record.weights = merge_linears(gm, real_inputs)
+    if record.weights is not None:
+        record.stages["merged"] = _snapshot(gm)
+        record.notes.append(record.weights.note)
     with _timed(record, "view"):
         view = build_view(gm.graph)
     with _timed(record, "match"):
@@ -74,6 +83,7 @@ def select_matches(view: View, matches: list[Match]) -> list[Match]:
     """The matches that make the graph cheapest."""
     operations = {node: _operation(view, node) for node in view.graph.nodes}
     needed = [node for node in view.graph.nodes if node.op == "output" or (node.op == "call_function" and node.is_impure())]
+    matches = [match for match in matches if output_nodes(view, match)]  # a match may end at a value that exists in canonical form only
     candidates = [_candidate(view, match) for match in matches]
     by_id = {id(candidate): match for candidate, match in zip(candidates, matches, strict=True)}
     return [by_id[id(candidate)] for candidate in select(operations, needed, candidates)]
@@ -94,7 +104,8 @@ def _candidate(view: View, match: Match) -> Candidate:
     read = frozenset(value.node for value in values if value.node is not None).difference(outputs)
     span = _span(view, match, outputs, {node for value in values for node in view.nodes[value]})
     label = (match.rule.name, tuple((value.shape, value.dtype) for value in values))
-    return Candidate(outputs, read, frozenset(span), 1, lambda: _bytes(read, outputs), label)
+    written = [view.nodes[value][0] for value in match.outputs if value in view.nodes]  # once, whatever aliases and copies it has
+    return Candidate(outputs, read, frozenset(span), 1, lambda: _bytes(read, written), label)
 
 
 def _input_values(match: Match) -> Iterable[Value]:
@@ -142,11 +153,9 @@ def sites_of(view: View, found: MatchResult, result: RewriteResult, rules: Itera
             covered.setdefault(site, applied)
     sites = [(value, _site(view, idiom, value, applied)) for (idiom, value), applied in covered.items()]
     visited: dict[str, set[Value]] = {}
-    for idiom, _ in covered:
-        visited.setdefault(idiom, set())
     for applied in result.applied:
-        for idiom, _ in applied.match.sites:
-            visited[idiom] |= applied.match.visited
+        for idiom in applied.match.idioms:
+            visited.setdefault(idiom, set()).update(applied.match.visited)
     absorbed = frozenset[Value]().union(*(applied.match.visited for applied in result.applied))
     for rule in rules:
         if isinstance(rule, Rule) and rule.gist is not None:

@@ -8,6 +8,7 @@ from torch.fx import GraphModule
 
 from .config import FusionConfig
 from .verify import Check
+from .weights import WeightMerger
 
 IDIOMS = (
     "rms_norm",
@@ -68,11 +69,12 @@ class GraphRecord:
     Attributes:
         config: the configuration in force, with `target` and `executor` resolved.
         sites: every site, fused or missed.
-        stages: the graph after a stage: `aten`, `fused`, `lowered`.
+        stages: the graph after a stage: `aten`, `merged` where weights were merged, `fused`, `lowered`.
         notes: decisions that concern the whole graph, e.g. that a training graph was left unfused.
         rule_errors: rule name to the exception that made it skip a site.
         seconds: stage to the seconds spent in it.
         checks: what `verify=True` compares on the first run.
+        weights: what supplies the merged weights that the graph takes as further inputs; None where there are none.
         graph_break: why Dynamo ended the graph before the function did; None where it did not.
         calls: how often the compiled graph ran.
     """
@@ -84,5 +86,6 @@ class GraphRecord:
     rule_errors: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
+    weights: WeightMerger | None = None
     graph_break: str | None = None
     calls: int = 0

@@ -55,6 +55,8 @@ class Rule:
         rewrite: the semantic call that computes the match's outputs.
         produces: name of the semantic op that `rewrite` calls.
         idioms: idiom to the name of the bound value at which an occurrence is counted; what absorbed semantic forms count comes on top.
+        instead_of: idioms that absorbed forms do not count any more, because the rule's own say more of the same occurrence: a gated norm
+            is not a norm as well.
         check: soundness conditions that the pattern cannot say; None when the match is sound.
         gist: a smaller pattern that already betrays the author's intent. Where it matches and the rule does not, the report shows a miss
             of `gist_idiom` (the first of `idioms` by default). It binds the place under `site`.
@@ -65,6 +67,7 @@ class Rule:
     rewrite: Callable[[Match], Call]
     produces: str
     idioms: Mapping[str, str] = field(default_factory=dict)
+    instead_of: frozenset[str] = frozenset()
     check: Callable[[Match], Reject | None] | None = None
     gist: Pattern | None = None
     gist_idiom: str | None = None
@@ -146,8 +149,10 @@ def in_order(rules: Sequence[AnyRule]) -> list[AnyRule]:
 
     def before(first: AnyRule, then: AnyRule) -> bool:
         op = first.produces
-        both_refine = refines(first, op) and refines(then, op)
-        return first is not then and op in then.consumes and (not both_refine or (isinstance(then, GroupRule) > isinstance(first, GroupRule)))
+        if first is then or op not in then.consumes:
+            return False
+        groups_last = isinstance(then, GroupRule) and not isinstance(first, GroupRule)
+        return groups_last or not (refines(first, op) and refines(then, op))
 
     order = graphlib.TopologicalSorter({then: [first for first in rules if before(first, then)] for then in rules})
     try:

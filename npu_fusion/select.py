@@ -60,18 +60,16 @@ def select(operations: Mapping[Key, Operation], needed: Iterable[Key], candidate
     Returns:
         the chosen candidates, each of which computes something that is needed, in the given order.
     """
-    users: dict[Key, int] = {}
-    readers: dict[Key, list[Key]] = {}
-    for key, operation in operations.items():
-        for arg in set(operation.args):
-            users[arg] = users.get(arg, 0) + 1
-            readers.setdefault(arg, []).append(key)
     always = set(needed)
+    readers: dict[Key, list[Key]] = {}
+    for key in _alive(operations, always):
+        for arg in set(operations[key].args):
+            readers.setdefault(arg, []).append(key)
     order = {key: i for i, key in enumerate(operations)}
     solved: dict[Hashable, tuple[int, ...]] = {}
     chosen: set[int] = set()
     position = {id(candidate): i for i, candidate in enumerate(candidates)}
-    for group in _groups(candidates, operations, users):
+    for group in _groups(candidates, readers):
         nodes = sorted(group.span, key=order.__getitem__)
         roots = [n for n in nodes if n in always or any(reader not in group.span for reader in readers.get(n, ()))]
         signature = _signature(group, nodes, roots, operations)
@@ -81,10 +79,22 @@ def select(operations: Mapping[Key, Operation], needed: Iterable[Key], candidate
     return [candidates[i] for i in sorted(chosen)]
 
 
+def _alive(operations: Mapping[Key, Operation], needed: Iterable[Key]) -> set[Key]:
+    """The nodes that are needed, and those that they are computed from."""
+    alive: set[Key] = set()
+    stack = list(needed)
+    while stack:
+        node = stack.pop()
+        if node not in alive:
+            alive.add(node)
+            stack.extend(operations[node].args)
+    return alive
+
+
 # -------------------------------------------------------------------- groups
 
 
-def _groups(candidates: Sequence[Candidate], operations: Mapping[Key, Operation], users: Mapping[Key, int]) -> list[_Group]:
+def _groups(candidates: Sequence[Candidate], readers: Mapping[Key, Sequence[Key]]) -> list[_Group]:
     """Candidates that share a node, unless it is one that many share anyway (a mask built once for all layers)."""
     parent = list(range(len(candidates)))
 
@@ -98,7 +108,7 @@ def _groups(candidates: Sequence[Candidate], operations: Mapping[Key, Operation]
     outputs = {output for candidate in candidates for output in candidate.outputs}
     for i, candidate in enumerate(candidates):
         for node in candidate.span:
-            if node not in outputs and users.get(node, 0) > _SHARED_LIMIT:
+            if node not in outputs and len(readers.get(node, ())) > _SHARED_LIMIT:
                 continue
             parent[find(i)] = find(owner.setdefault(node, i))
     groups: dict[int, _Group] = {}
@@ -203,7 +213,10 @@ def _bytes(cost: _Cost) -> sympy.Expr:
 
 
 def surely_less(a: sympy.Expr, b: sympy.Expr) -> bool:
-    """Whether a < b for all sizes of at least one. Sizes are counted from one up, so that `s - 1` is known not to be negative."""
+    """Whether a <= b for all sizes of at least one, and a < b for some.
+
+    Sizes are counted from one up, so that `s - 1` is known not to be negative.
+    """
     difference = sympy.expand(b - a)
     shifted = sympy.expand(difference.subs({s: s + 1 for s in difference.free_symbols}))
     terms = sympy.Add.make_args(shifted)

@@ -130,6 +130,37 @@ def static_input_indices() -> tuple[int, ...]:
     return tuple(indices or ())
 
 
+STATIC_INPUT = "npu_fusion_static_input"
+"""Key in the `meta` of a placeholder of ours whose address stays the same, as parameters' do."""
+
+
+def real_inputs(gm: GraphModule) -> list[Any]:
+    """For each placeholder of a Dynamo graph the tensor that will be passed, or None. To be asked before AOT runs."""
+    arguments = [node.meta.get("grapharg") for node in gm.graph.find_nodes(op="placeholder")]
+    return [None if argument is None else argument.example for argument in arguments]
+
+
+# Memory of tensors
+
+
+def has_no_memory(value: torch.Tensor) -> bool:
+    """Whether a tensor is fake or on the meta device."""
+    from torch._subclasses import FakeTensor
+
+    return value.is_meta or isinstance(value, FakeTensor)
+
+
+def storage_users(value: torch.Tensor) -> int:
+    """How many tensors refer to the storage of `value`, itself included."""
+    storage = value.untyped_storage()
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1  # type: ignore[attr-defined]  # `storage` is a user too
+
+
+def is_torch_memory(value: torch.Tensor) -> bool:
+    """Whether PyTorch's own allocator made the storage: not a mapped file, an array of numpy or what DLPack handed over."""
+    return value.untyped_storage().resizable()
+
+
 # Dispatcher state and tensor kinds
 
 
@@ -190,6 +221,19 @@ def lazy_graph_module(root: torch.nn.Module, graph: torch.fx.Graph) -> GraphModu
     from torch.fx._lazy_graph_module import _LazyGraphModule
 
     return _LazyGraphModule(root, graph)
+
+
+def constant_number(tensor: Any) -> float | int | bool | None:
+    """The number in a 0-d CPU tensor that tracing found in the model's code, also while fake tensors are in force; None for any other."""
+    from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+    if not isinstance(tensor, torch.Tensor) or isinstance(tensor, (FakeTensor, torch.nn.Parameter)) or tensor.device.type != "cpu":
+        return None
+    if tensor.ndim or tensor.is_complex():
+        return None
+    with unset_fake_temporarily():
+        number: float | int | bool = tensor.item()
+    return number
 
 
 def unbacked_float(mode: Any) -> Any:

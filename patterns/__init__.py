@@ -8,4 +8,5 @@ from . import (
     glu,  # noqa: F401
     norm,  # noqa: F401
     rope,  # noqa: F401
+    rope_norm,  # noqa: F401
 )

@@ -23,6 +23,7 @@ from npu_fusion.pattern import (
     Pattern,
     any_of,
     anything,
+    as_pattern,
     bits,
     cat,
     lit,
@@ -68,6 +69,7 @@ def masked(layer: int) -> Pattern:
             op("where", var(f"visible{layer}"), inner, lit(f"fill{layer}")),
             op("where", var(f"hidden{layer}"), lit(f"fill{layer}"), inner),
             total(inner, opt_upcast(var(f"bias{layer}"))),
+            op("maximum", inner, lit(f"floor{layer}"), commutative=True),
             inner,
         )
     )
@@ -77,9 +79,10 @@ scores = any_of(masked(MASK_LAYERS[-1]), opt_cast(prod(masked(1), lit("outer_sca
 
 # -------------------------------------------------------------------- probabilities and values
 
-without_sinks = softmax(scores, dim=LAST).as_("site")
-with_sinks = sliced(softmax(opt_cast(cat(scores, var("sinks"), dim=LAST)), dim=LAST).as_("site"), dim=LAST, start=0, step=1).as_("kept")
-probabilities = opt_cast(any_of(without_sinks, with_sinks)).as_("probabilities")
+without_sinks = softmax(scores, dim=LAST).as_("softmax")
+with_sinks = sliced(softmax(opt_cast(cat(scores, var("sinks"), dim=LAST)), dim=LAST).as_("softmax"), dim=LAST, start=0, step=1).as_("kept")
+zeroed = op("where", var(f"hidden{MASK_LAYERS[-1]}"), as_pattern(0.0), opt_cast(without_sinks))  # queries without a key get zeros, not NaN
+probabilities = opt_cast(any_of(without_sinks, with_sinks, zeroed.as_("zeroed")))
 
 
 def check_eager(m: Match) -> Reject | None:
@@ -104,31 +107,34 @@ def _check_numbers(m: Match) -> Reject | None:
         if f"fill{layer}" in m:
             fill = m.number(f"fill{layer}")
             if fill is None or not hides(fill, m["query"].dtype):
-                return Reject(f"the logits are filled with {fill}, which does not hide a key", m["site"])
+                return Reject(f"the logits are filled with {fill}, which does not hide a key", m["softmax"])
+        if f"floor{layer}" in m and ((floor := m.number(f"floor{layer}")) is None or not hides(floor, m["query"].dtype)):
+            return Reject(f"the logits are kept above {floor}", m["softmax"])
+    if "zeroed" in m and m.number(f"fill{MASK_LAYERS[-1]}") != -math.inf:
+        return Reject("the probabilities are masked otherwise than the logits", m["zeroed"])
     for name in ("softcap", "outer_scale"):
         if name in m and (number := m.number(name)) is not None and number <= 0:
-            return Reject(f"a negative number ({number}) takes the place of {name}", m["site"])
+            return Reject(f"a negative number ({number}) takes the place of {name}", m["softmax"])
     if "outer_scale" in m and m.number("outer_scale") is None and _mask(m) is not None:
-        return Reject("the mask is multiplied with a number that is known at run time only", m["site"])
+        return Reject("the mask is multiplied with a number that is known at run time only", m["softmax"])
     if _scale(m) is None:
-        return Reject("the scale is a product of several numbers that are known at run time only", m["site"])
+        return Reject("the scale is a product of several numbers that are known at run time only", m["softmax"])
     if _output(m) is None:
         return Reject("nothing computes the result as [batch, heads, length, size]", m.root)
     return None
 
 
 def _other_user(m: Match) -> Value | None:
-    """A user of the probabilities other than the product with the values."""
-    root = m.root
-    pending = [m["site"]]
+    """A user of the probabilities other than a product with values. Two products with different values are two calls of the fused op."""
+    pending = [m["softmax"]]
     while pending:
         value = pending.pop()
-        if value is not root and any(user.op == "output" for node in m.view.nodes.get(value, ()) for user in node.users):
+        if any(user.op == "output" for node in m.view.nodes.get(value, ()) for user in node.users):
             return value
         for user in value.users:
-            if user is root:
+            if user.op == "matmul" and user.args[0] is value:
                 continue
-            if user.op not in ("cast", "reshape", "slice", "permute", "expand"):
+            if user is not m.get("zeroed") and user.op not in ("cast", "reshape", "slice", "permute", "expand"):
                 return user
             pending.append(user)
     return None
@@ -146,6 +152,9 @@ def _mask(m: Match) -> Value | None:
         elif f"fill{layer}" in m:
             visible = m.get(f"visible{layer}") or canon.unary("not", m[f"hidden{layer}"])
             mask = _filled(canon, mask, visible, float(m.number(f"fill{layer}") or 0.0), m["query"].dtype)
+        elif f"floor{layer}" in m and mask is not None:
+            floor = m.number(f"floor{layer}") or 0.0
+            mask = _filled(canon, None, mask, floor, m["query"].dtype) if mask.dtype is torch.bool else _floored(canon, mask, floor)
     if mask is not None and "outer_scale" in m and mask.dtype is not torch.bool:
         mask = canon.binary("mul", mask, canon.const(m.number("outer_scale") or 1.0), mask.shape)
     return mask
@@ -167,6 +176,10 @@ def _filled(canon: Canon, mask: Value | None, visible: Value, fill: float, dtype
     if mask is not None and mask.dtype is torch.bool:
         mask = _where(canon, mask, canon.const(0.0), canon.const(-math.inf), dtype)
     return _where(canon, visible, mask or canon.const(0.0), canon.const(fill), dtype if mask is None else mask.dtype)
+
+
+def _floored(canon: Canon, mask: Value, floor: float) -> Value:
+    return canon.table.intern("maximum", (mask, canon.const(floor)), {}, mask.shape, mask.dtype)
 
 
 def _where(canon: Canon, test: Value, then: Value, otherwise: Value, dtype: torch.dtype | None) -> Value:
@@ -290,12 +303,12 @@ def _tempered(m: Match, query: Value) -> Value:
 
 EAGER = Rule(
     "attention",
-    pattern=op("matmul", probabilities, var("value")),
+    pattern=op("matmul", probabilities, var("value")).as_("site"),
     check=check_eager,
     rewrite=rewrite_eager,
     produces="attention",
     idioms={"attention": "site"},
-    gist=op("matmul", through(("cast", "reshape", "slice"), softmax(anything(), dim=LAST).as_("site")), anything()),
+    gist=op("matmul", through(("cast", "reshape", "slice", "where"), softmax(anything(), dim=LAST)), anything()).as_("site"),
 )
 
 

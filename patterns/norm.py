@@ -17,6 +17,7 @@ from npu_fusion.match import Match
 from npu_fusion.ops.norm import add_rms_norm, l2_norm, layer_norm, rms_norm
 from npu_fusion.pattern import (
     LAST,
+    AttrIs,
     Pattern,
     any_of,
     bits,
@@ -134,7 +135,8 @@ _PLAIN = {
 
 def _source(m: Match) -> Value:
     """x, without the casts that the fused op makes by itself; a cast to float64 it does not."""
-    return m["squared"] if _compute_dtype(m["x"]) != _compute_dtype(m["squared"]) else m["x"]
+    source: Value = m["x"] if _compute_dtype(m["x"]) == _compute_dtype(m["squared"]) else m["squared"]
+    return source
 
 
 class _Scaling:
@@ -178,11 +180,11 @@ scaled = any_of(rounded(regrouped, "normed") * factor, prod(opt_upcast(x), inver
 
 
 def _is_centred(value: Value) -> bool:
-    """Whether the value is some tensor less its own mean over the last dimension."""
+    """Whether the value is some tensor less its own mean over the last dimension, and maybe others."""
     if value.op != "sub":
         return False
     whole, average = (_uncast(arg) for arg in value.args)
-    return average.op == "mean" and average.attrs["dims"] == (value.ndim - 1,) and _uncast(average.args[0]) is whole
+    return average.op == "mean" and value.ndim - 1 in average.attrs["dims"] and _uncast(average.args[0]) is whole
 
 
 def _uncast(value: Value) -> Value:
@@ -225,7 +227,7 @@ def rewrite_rms_norm(m: Match) -> Call:
 
 RMS_NORM = Rule(
     "rms_norm",
-    pattern=opt_round(scaled.as_("site")),
+    pattern=opt_round(any_of(scaled, normed).as_("site")),
     check=check_rms_norm,
     rewrite=rewrite_rms_norm,
     produces="rms_norm",
@@ -233,15 +235,6 @@ RMS_NORM = Rule(
     gist=rsqrt(
         mean(opt_cast(square(opt_cast(x.where(lambda value: not _is_centred(value), "the mean is subtracted first"))))) + eps
     ).as_("site"),
-)
-
-RMS_NORM_BARE = Rule(
-    "rms_norm_without_weight",
-    pattern=opt_round(normed.as_("site")),
-    check=check_rms_norm,
-    rewrite=rewrite_rms_norm,
-    produces="rms_norm",
-    idioms={"rms_norm": "site"},
 )
 
 
@@ -295,6 +288,7 @@ GATED_RMS_NORM = Rule(
     rewrite=rewrite_gated_rms_norm,
     produces="rms_norm",
     idioms={"gated_rms_norm": "site"},
+    instead_of=frozenset({"rms_norm"}),
 )
 
 RMS_NORM_OF_GATED = Rule(
@@ -304,6 +298,7 @@ RMS_NORM_OF_GATED = Rule(
     rewrite=rewrite_gated_rms_norm,
     produces="rms_norm",
     idioms={"gated_rms_norm": "norm"},
+    instead_of=frozenset({"rms_norm"}),
 )
 
 # -------------------------------------------------------------------- residual add + RMSNorm
@@ -339,25 +334,29 @@ def check_add_rms_norm(m: Match) -> Reject | None:
 def rewrite_add_rms_norm(m: Match) -> Call:
     norm = m.form("norm").args
     total, unrounded = _kept_sum(m)
-    args = {
+    args: dict[str, Any] = {
         "x": m.view.canon.reshape(m["branch"], total.shape),
         "residual": m.view.canon.reshape(m["residual"], total.shape),
         "bias": _vector(m, m["bias"]) if "bias" in m else None,
         "norm_unrounded": unrounded,
         "sum_dtype": total.dtype,
-        **{name: norm[name] for name in ("weight", "eps", "weight_offset", "round_dtype", "out_dtype") if name in norm},
     }
+    args |= {name: norm[name] for name in ("weight", "eps", "weight_offset", "round_dtype", "out_dtype") if name in norm}
     return Call(add_rms_norm, args, [m.root, total])
 
 
 def _kept_sum(m: Match) -> tuple[Value, bool]:
     """The sum in the form in which the rest of the model reads it, and whether the norm is taken of the sum before it is rounded to that.
 
-    Models that add in fp32 normalise the exact sum, and pass it on rounded.
+    Models that add in fp32 may normalise the exact sum and pass it on rounded, or normalise the rounded sum and pass on the exact one. The
+    op does the former; of the latter it makes a norm of the exact sum, unless rounding must be the model's.
     """
-    total: Value = m["summed"]
+    total: Value = m["sum"]
     readers = [user for user in total.users if user not in m.visited]
     returned = any(user.op == "output" for node in m.view.nodes.get(total, ()) for user in node.users)
+    if m["summed"] is not total:
+        keeps_exact = (readers or returned) and not m.exact
+        return (total if keeps_exact else m["summed"]), False
     if not returned and len(readers) == 1 and readers[0].op == "cast" and bits(readers[0].dtype) and _narrower(readers[0], total.dtype):
         return readers[0], True
     return total, False
@@ -409,7 +408,18 @@ deviations = any_of(
     mean(opt_upcast(squares), dims=LAST) - square(average),
 ).as_("energy")
 whitened = over_root(centred, stabilised(deviations))
-scaled_whitened = (rounded(whitened, "normed") * opt_upcast(weight)).as_("scaled")
+inverse_deviation = rounded(rsqrt(stabilised(deviations)), "root")
+scaled_whitened = any_of(
+    rounded(whitened, "normed") * opt_upcast(weight),
+    prod(centred, inverse_deviation, opt_upcast(weight)),
+).as_("scaled")
+
+
+def _are_trailing(dims: tuple[int, ...], value: Value) -> bool:
+    return dims == tuple(range(value.ndim - len(dims), value.ndim))
+
+
+TRAILING = AttrIs("the last dimensions", _are_trailing)
 
 
 def check_layer_norm(m: Match) -> Reject | None:
@@ -430,30 +440,21 @@ def rewrite_layer_norm(m: Match) -> Call:
 
 LAYER_NORM = Rule(
     "layer_norm",
-    pattern=opt_round(any_of(rounded(scaled_whitened, "rounded_scaled") + opt_upcast(bias), scaled_whitened).as_("site")),
+    pattern=opt_round(any_of(rounded(scaled_whitened, "rounded_scaled") + opt_upcast(bias), scaled_whitened, whitened).as_("site")),
     check=check_layer_norm,
     rewrite=rewrite_layer_norm,
     produces="layer_norm",
     idioms={"layer_norm": "site"},
-    gist=rsqrt(stabilised(deviations)).as_("site"),
-)
-
-LAYER_NORM_BARE = Rule(
-    "layer_norm_without_weight",
-    pattern=opt_round(whitened.as_("site")),
-    check=check_layer_norm,
-    rewrite=rewrite_layer_norm,
-    produces="layer_norm",
-    idioms={"layer_norm": "site"},
+    gist=rsqrt(
+        stabilised(mean(opt_cast(square(x.where(_is_centred, "the mean is not subtracted"))), dims=TRAILING)),
+    ).as_("site"),
 )
 
 register_builtin(
     RMS_NORM,
-    RMS_NORM_BARE,
     GATED_RMS_NORM,
     RMS_NORM_OF_GATED,
     ADD_RMS_NORM,
     L2_NORM,
     LAYER_NORM,
-    LAYER_NORM_BARE,
 )

@@ -11,6 +11,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .. import torch_private
 from .canon import Canon
 from .shapes import to_dim, to_shape
 from .value import Dim, Shape, Value, ValueTable
@@ -110,6 +111,10 @@ class ViewBuilder:
         if value is not None:
             return value
         shape, dtype = meta_of(node)
+        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant") and shape == () and dtype is not None:
+            number = torch_private.constant_number(getattr(self.view.graph.owning_module, str(node.target), None))
+            if number is not None:  # `torch.tensor(-1e9)` in the model's code
+                return self.table.intern("full", (), {"value": number, "shape": (), "device": node.meta["val"].device}, (), dtype)
         return self.table.unique("input", (), {}, shape, dtype)
 
     def _symbolic(self, node: Node) -> Value | None:

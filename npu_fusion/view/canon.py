@@ -118,6 +118,12 @@ class Canon:
                 kept = x.args[0]
                 pair = (kept, y) if x is a else (y, kept)
                 return self.reshape(self._mark_reduced(self.binary(op, *pair, kept.shape)), shape)
+            if self._is_folded_product(x) and same_shape(x.shape, shape):
+                whole = x.args[0]
+                other = y if y.ndim < 3 or known_equal(y.shape[0], 1) else self.reshape(y, (*whole.shape[:-2], *y.shape[1:]))
+                result = self.binary(op, *((whole, other) if x is a else (other, whole)), whole.shape)
+                self._products.add(result)
+                return self.reshape(result, shape)
         a = self.bare(a, b, shape)
         b = self.bare(b, a, shape)
         result: Value = getattr(self, f"_{op}")(a, b, shape)
@@ -144,9 +150,8 @@ class Canon:
             a, b = b, a
         if b.op == "neg":
             return self._sub(a, b.args[0], shape)
-        if is_number(a, 0) or is_number(b, 0):
-            other = b if is_number(a, 0) else a
-            if same_shape(other.shape, shape):
+        for x, other in ((a, b), (b, a)):
+            if (is_number(x, 0) or _is_zeros(x)) and same_shape(other.shape, shape):
                 return other
         return self._emit("add", a, b, shape, commutative=True)
 
@@ -270,7 +275,7 @@ class Canon:
     # ---------------------------------------------------------------- views
 
     def reshape(self, x: Value, shape: Shape) -> Value:
-        if x.op == "reshape":
+        while x.op == "reshape" or (x.op == "permute" and _moves_only_ones(x)):
             x = x.args[0]
         if same_shape(x.shape, shape):
             return x
@@ -461,6 +466,10 @@ def _is_floating(x: Value) -> bool:
     return x.dtype is not None and x.dtype.is_floating_point
 
 
+def _is_zeros(x: Value) -> bool:
+    return x.op == "full" and x.attrs["value"] == 0
+
+
 def _reduced_size(total: Value) -> Dim:
     return product(total.args[0].shape[d] for d in total.attrs["dims"])
 
@@ -469,6 +478,12 @@ def _only_leading_ones(view: Value) -> bool:
     inner = view.args[0].shape
     extra = view.ndim - len(inner)
     return extra > 0 and all(d == 1 for d in view.shape[:extra]) and same_shape(view.shape[extra:], inner)
+
+
+def _moves_only_ones(permuted: Value) -> bool:
+    """Whether the dimensions that are not 1 keep their order, so that the permutation is a reshape."""
+    order = [d for d in permuted.attrs["dims"] if permuted.args[0].shape[d] != 1]
+    return order == sorted(order)
 
 
 def _merges(split: Shape, whole: Shape, dim: int) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from .build import ViewBuilder, handles, meta_of
+from .canon import number_of
 from .shapes import known_equal, normal_dim, to_dim
 from .value import Shape, Value
 
@@ -82,14 +83,28 @@ def _compare(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
 @handles("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
 def _where(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     shape, dtype = meta_of(node)
-    condition, x, y = b.operand(args[0]), b.cast_operand(args[1], dtype, shape), b.cast_operand(args[2], dtype, shape)
-    return b.table.intern("where", (condition, x, y), {}, shape, dtype)
+    return b.table.intern("where", (b.operand(args[0]), _branch(b, args[1], node), _branch(b, args[2], node)), {}, shape, dtype)
 
 
 @handles("masked_fill")
 def _masked_fill(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     shape, dtype = meta_of(node)
-    return b.table.intern("where", (b.operand(args[1]), b.operand(args[2]), b.operand(args[0])), {}, shape, dtype)
+    return b.table.intern("where", (b.operand(args[1]), _branch(b, args[2], node), b.operand(args[0])), {}, shape, dtype)
+
+
+def _branch(b: ViewBuilder, argument: Any, node: Node) -> Value:
+    """One of the two operands that an op chooses from; a number as a constant, however it is held."""
+    shape, dtype = meta_of(node)
+    value = b.cast_operand(argument, dtype, shape)
+    number = number_of(value)
+    return value if number is None or dtype is None else b.canon.const(_typed(number, dtype))
+
+
+def _typed(number: Any, dtype: torch.dtype) -> float | int | bool:
+    """A number as a tensor of that type holds it."""
+    if dtype.is_complex:
+        return number  # type: ignore[no-any-return]
+    return bool(number) if dtype is torch.bool else float(number) if dtype.is_floating_point else int(number)
 
 
 @handles("clamp", "clamp_min", "clamp_max", "clip")
@@ -151,27 +166,23 @@ def _dropout(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     return b.operand(args[0]) if not args[2] or args[1] == 0 else None
 
 
-@handles("scalar_tensor", "full")
+@handles("scalar_tensor", "full", "full_like", "new_full")
 def _full(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
-    number = args[0] if node.target._opname == "scalar_tensor" else args[1]  # type: ignore[union-attr]
-    shape, dtype = meta_of(node)
-    if isinstance(number, Node):
-        return None
-    return b.table.intern("full", (), {"value": number, "shape": shape, "device": node.meta["val"].device}, shape, dtype)
+    return _filled(b, node, args[0] if node.target._opname == "scalar_tensor" else args[2 if node.target._opname == "new_full" else 1])  # type: ignore[union-attr]
 
 
-@handles("ones", "new_ones", "ones_like", "zeros", "new_zeros", "zeros_like", "full_like", "new_full")
-def _filled(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
-    name = node.target._opname  # type: ignore[union-attr]
+@handles("ones", "new_ones", "ones_like", "zeros", "new_zeros", "zeros_like")
+def _ones_or_zeros(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
+    return _filled(b, node, 1 if "ones" in node.target._opname else 0)  # type: ignore[union-attr]
+
+
+def _filled(b: ViewBuilder, node: Node, number: Any) -> Value | None:
+    """A tensor full of one number, which is written in the tensor's type."""
     shape, dtype = meta_of(node)
-    if "full" in name:
-        number = args[1] if name == "full_like" else args[2]
-    else:
-        number = 1 if "ones" in name else 0
-    if isinstance(number, Node):
+    if isinstance(number, Node) or dtype is None or dtype.is_complex:
         return None
-    number = bool(number) if dtype is torch.bool else number
-    return b.table.intern("full", (), {"value": number, "shape": shape, "device": node.meta["val"].device}, shape, dtype)
+    attrs = {"value": _typed(number, dtype), "shape": shape, "device": node.meta["val"].device}
+    return b.table.intern("full", (), attrs, shape, dtype)
 
 
 # -------------------------------------------------------------------- reductions and products

@@ -86,6 +86,9 @@ class Materializer:
             like = args[0].meta["val"]
             sides = [x if isinstance(x, Node) else self._call(aten.scalar_tensor.default, x, dtype=value.dtype, device=like.device) for x in args[1:]]
             return self._call(aten.where.self, args[0], *sides)
+        if op == "maximum":
+            sides = [x if isinstance(x, Node) else self._call(aten.scalar_tensor.default, x, dtype=value.dtype) for x in args]
+            return self._call(aten.maximum.default, *sides)
         if op in ("and", "or", "not"):
             return self._call(getattr(aten, f"logical_{op}").default, *args)
         if op in _UNARY:

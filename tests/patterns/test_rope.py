@@ -1,0 +1,552 @@
+"""Rules of patterns/rope.py: every spelling of a rotation, and what only looks like one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from npu_fusion import FusionConfig, FusionReport
+from tests.patterns.support import fused, fused_within_contract
+
+BATCH, SEQ, HEADS, KV_HEADS, DIM = 2, 6, 4, 2, 16
+Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def inputs(dtype: torch.dtype = torch.float32, width: int = DIM, table_dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """q [B, N, S, D], k [B, Nk, S, D], cos and sin [B, 1, S, width]; the last sizes stay static, as those of a model are."""
+    q, k = torch.randn(BATCH, HEADS, SEQ, DIM, dtype=dtype), torch.randn(BATCH, KV_HEADS, SEQ, DIM, dtype=dtype)
+    angles = torch.rand(2, BATCH, 1, SEQ, width) * 2 - 1
+    return tuple(static_last(t) for t in (q, k, *angles.to(table_dtype or dtype)))
+
+
+def static_last(tensor: Tensor) -> Tensor:
+    torch._dynamo.mark_static(tensor, tensor.dim() - 1)
+    return tensor
+
+
+def both(rotate: Rotate) -> Callable[..., tuple[Tensor, Tensor]]:
+    return lambda q, k, cos, sin: (rotate(q, cos, sin), rotate(k, cos, sin))
+
+
+def arguments(report: FusionReport, op: str = "rotary") -> dict[str, Any]:
+    """The keyword arguments of the one call of a semantic op."""
+    calls = [n for n in report.graph("fused").graph.nodes if n.op == "call_function" and str(n.target) == f"npu_fusion.{op}.default"]
+    assert len(calls) == 1, report.ops
+    return dict(calls[0].kwargs)
+
+
+# -------------------------------------------------------------------- spellings
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    x1, x2 = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+    return torch.cat((-x2, x1), dim=-1)
+
+
+def rotate_pairs(x: Tensor) -> Tensor:
+    return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+
+
+def llama(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + rotate_half(x) * sin
+
+
+def llama_reordered(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, -1)
+    return sin * torch.cat((x2.neg(), x1), -1) + cos * x
+
+
+def table_of_twice_the_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = DIM // 2
+    cos, sin = torch.cat((cos[..., :half], cos[..., :half]), -1), torch.cat((sin[..., :half], sin[..., :half]), -1)
+    return llama(x, cos, sin)
+
+
+def olmo(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return llama(x, cos.float(), sin.float()).to(x.dtype)
+
+
+def upcast(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return (x.float() * cos + rotate_half(x.float()) * sin).to(x.dtype)
+
+
+def ernie(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = (table[..., : DIM // 2].repeat_interleave(2, dim=-1) for table in (cos, sin))
+    return (x.float() * cos + rotate_pairs(x).float() * sin).to(x.dtype)
+
+
+def cohere(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x.float()
+    return (wide * cos + rotate_pairs(wide) * sin).to(x.dtype)
+
+
+def roformer(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = (torch.stack([table[..., :8], table[..., :8]], dim=-1).reshape_as(table) for table in (cos, sin))
+    return x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).reshape_as(x) * sin
+
+
+def pairwise_unbind(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x * cos + torch.stack((-x2, x1), -1).flatten(-2) * sin
+
+
+def halves_unbind(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.unflatten(-1, (2, -1)).unbind(-2)
+    return x * cos + torch.cat((-x2, x1), -1) * sin
+
+
+def gpt_oss(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos[..., : DIM // 2], sin[..., : DIM // 2]
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+def halves_of_full_tables(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (x1, x2), (cos1, cos2), (sin1, sin2) = (tensor.chunk(2, dim=-1) for tensor in (x, cos, sin))
+    return torch.cat((x1 * cos1 - x2 * sin1, x2 * cos2 + x1 * sin2), dim=-1)
+
+
+def gpt_fast(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    table = torch.stack((cos[..., :8], sin[..., :8]), -1)
+    pairs = x.float().reshape(*x.shape[:-1], -1, 2)
+    turned = (pairs[..., 0] * table[..., 0] - pairs[..., 1] * table[..., 1], pairs[..., 1] * table[..., 0] + pairs[..., 0] * table[..., 1])
+    return torch.stack(turned, -1).flatten(3).type_as(x)
+
+
+def deepseek(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos[..., : DIM // 2], sin[..., : DIM // 2]
+    x1, x2 = x[..., 0::2], x[..., 1::2]
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
+def deepseek_remote_code(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x = x.view(*x.shape[:-1], x.shape[-1] // 2, 2).transpose(-1, -2).reshape(x.shape)
+    return llama(x, cos, sin)
+
+
+def deinterleaved_by_cat(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return llama(torch.cat((x[..., 0::2], x[..., 1::2]), -1), cos, sin)
+
+
+def nanochat(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+    return x * cos + torch.cat((x2, -x1), dim=-1) * sin
+
+
+def backwards(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos - rotate_half(x) * sin
+
+
+def backwards_by_sin(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + rotate_pairs(x) * -sin
+
+
+def backwards_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos[..., : DIM // 2], sin[..., : DIM // 2]
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x1 * -sin + x2 * cos), dim=-1)
+
+
+def complex_product(x: Tensor, cos: Tensor, sin: Tensor, conjugate: bool = False) -> Tensor:
+    table = torch.complex(cos[..., : DIM // 2].float(), sin[..., : DIM // 2].float())
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * (table.conj() if conjugate else table)).flatten(3).type_as(x)
+
+
+def complex_conjugate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return complex_product(x, cos, sin, conjugate=True)
+
+
+def partial(rotate: Rotate) -> Rotate:
+    def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        width = DIM // 2
+        return torch.cat((rotate(x[..., :width], cos[..., :width], sin[..., :width]), x[..., width:]), -1)
+
+    rotated.__name__ = f"partial_{rotate.__name__}"
+    return rotated
+
+
+def partial_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rotated, rest = x.split((12, 4), -1)
+    return torch.cat((llama(rotated, cos[..., :12], sin[..., :12]), rest), -1)
+
+
+def partial_gpt_oss(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The parts of the rotation and the rest in one cat."""
+    cos, sin = cos[..., :4], sin[..., :4]
+    x1, x2, rest = x[..., :4], x[..., 4:8], x[..., 8:]
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), -1)
+
+
+def partial_in_fp32(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x.float()
+    return torch.cat((llama(wide[..., :8], cos[..., :8].float(), sin[..., :8].float()), wide[..., 8:]), -1).to(x.dtype)
+
+
+def rotated_last(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """DeepSeek-V4: what passes through stands first, so only the slice is rotated."""
+    return torch.cat((x[..., :8], llama(x[..., 8:], cos[..., :8], sin[..., :8])), -1)
+
+
+SPELLINGS: list[tuple[Rotate, dict[str, Any]]] = [
+    (llama, {"layout": "half"}),
+    (llama_reordered, {"layout": "half"}),
+    (table_of_twice_the_half, {"layout": "half"}),
+    (olmo, {"layout": "half"}),
+    (upcast, {"layout": "half"}),
+    (halves_unbind, {"layout": "half"}),
+    (gpt_oss, {"layout": "half"}),
+    (halves_of_full_tables, {"layout": "half"}),
+    (ernie, {"layout": "interleaved"}),
+    (cohere, {"layout": "interleaved"}),
+    (roformer, {"layout": "interleaved"}),
+    (pairwise_unbind, {"layout": "interleaved"}),
+    (gpt_fast, {"layout": "interleaved"}),
+    (complex_product, {"layout": "interleaved"}),
+    (complex_conjugate, {"layout": "interleaved"}),
+    (deepseek, {"layout": "mla"}),
+    (deepseek_remote_code, {"layout": "mla"}),
+    (deinterleaved_by_cat, {"layout": "mla"}),
+    (nanochat, {"layout": "half", "sign": -1}),
+    (backwards, {"layout": "half", "sign": -1}),
+    (backwards_by_sin, {"layout": "interleaved", "sign": -1}),
+    (backwards_pairs, {"layout": "half", "sign": -1}),
+    (partial(llama), {"layout": "half", "rotary_dim": 8}),
+    (partial(cohere), {"layout": "interleaved", "rotary_dim": 8}),
+    (partial_split, {"layout": "half", "rotary_dim": 12}),
+    (partial_gpt_oss, {"layout": "half", "rotary_dim": 8}),
+    (partial_in_fp32, {"layout": "half", "rotary_dim": 8}),
+    (rotated_last, {"layout": "half"}),
+]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("rotate", "expected"), SPELLINGS, ids=lambda item: getattr(item, "__name__", ""))
+def test_spelling(rotate: Rotate, expected: dict[str, Any], dtype: torch.dtype, dynamic: bool) -> None:
+    report = fused_within_contract(both(rotate), *inputs(dtype), dynamic=dynamic)
+    assert report.idioms["rope"] == 2 and not report.missed, str(report)
+    assert report.ops == {"rotary": 1}
+    assert arguments(report).items() >= {"rotary_dim": -1, "sign": 1, "out_dtype": dtype, **expected}.items()
+
+
+@pytest.mark.parametrize("rotate", [llama, gpt_oss, complex_product], ids=lambda rotate: rotate.__name__)
+def test_half_precision(rotate: Rotate) -> None:
+    report = fused_within_contract(both(rotate), *inputs(torch.float16))
+    assert report.idioms["rope"] == 2
+
+
+def test_wide_result_stays_wide() -> None:
+    report = fused_within_contract(both(llama), *inputs(torch.bfloat16, table_dtype=torch.float32))
+    assert arguments(report)["out_dtype"] is torch.float32
+
+
+def test_float64() -> None:
+    report = fused_within_contract(both(llama), *inputs(torch.float64))
+    assert report.idioms["rope"] == 2
+
+
+@pytest.mark.parametrize(
+    ("rotate", "width"),
+    [(ernie, 8), (roformer, 8), (table_of_twice_the_half, 8), (gpt_oss, 8), (complex_product, 8), (cohere, 16), (llama, 16)],
+    ids=lambda item: getattr(item, "__name__", ""),
+)
+def test_tables_that_repeat_their_entries_are_read_once(rotate: Rotate, width: int) -> None:
+    report = fused_within_contract(both(rotate), *inputs())
+    call = next(node for node in report.graph("fused").graph.nodes if "rotary" in str(node.target))
+    assert [table.meta["val"].shape[-1] for table in call.args[1:3]] == [width, width]
+
+
+# -------------------------------------------------------------------- layouts of tokens, tables
+
+
+def test_tokens_before_heads() -> None:
+    """[B, S, N, D], with the view of the projection that leaves no other reshape between."""
+
+    def fn(hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = hidden.view(BATCH, SEQ, HEADS, DIM)
+        return complex_product(x, cos, sin), llama(x, cos, sin)
+
+    report = fused_within_contract(fn, torch.randn(BATCH, SEQ, HEADS * DIM), torch.randn(BATCH, SEQ, 1, DIM), torch.randn(BATCH, SEQ, 1, DIM))
+    assert report.idioms["rope"] == 2 and report.ops["rotary"] == 2
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_tokens_flattened(dynamic: bool) -> None:
+    """[T, N, D] with a table gathered by position."""
+
+    def fn(q: Tensor, k: Tensor, table: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = table[positions].chunk(2, dim=-1)
+        return tuple(gpt_oss(x, cos.unsqueeze(1), sin.unsqueeze(1)) for x in (q, k))
+
+    q, k, table = static_last(torch.randn(7, HEADS, DIM)), static_last(torch.randn(7, KV_HEADS, DIM)), static_last(torch.randn(32, DIM))
+    report = fused_within_contract(fn, q, k, table, torch.randint(0, 32, (7,)), dynamic=dynamic)
+    assert report.idioms["rope"] == 2 and report.ops["rotary"] == 1
+
+
+@pytest.mark.parametrize("seq", [1, 6], ids=["decode", "prefill"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_tables_from_frequencies(dynamic: bool, seq: int) -> None:
+    """The tables of transformers, scaled by attention_scaling, with the heads moved first."""
+
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("inv_freq", 1.0 / 10000.0 ** (torch.arange(0, DIM, 2) / DIM))
+            self.attention_scaling = 1.25
+
+        def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+            angles = (self.inv_freq[None, :, None] @ positions[:, None, :].to(q.dtype)).transpose(1, 2)
+            angles = torch.cat((angles, angles), -1)
+            cos, sin = ((table * self.attention_scaling).to(q.dtype).unsqueeze(1) for table in (angles.cos(), angles.sin()))
+            return tuple(llama(x.view(*x.shape[:-1], -1, DIM).transpose(1, 2), cos, sin) for x in (q, k))
+
+    q, k = torch.randn(BATCH, seq, HEADS * DIM), torch.randn(BATCH, seq, KV_HEADS * DIM)
+    report = fused_within_contract(Attention(), q, k, torch.arange(seq).expand(BATCH, seq), dynamic=dynamic)
+    assert report.idioms["rope"] == 2 and report.ops["rotary"] == 1 and not report.missed
+
+
+def test_slice_of_an_input_with_an_offset() -> None:
+    """MLA: the rotated channels stand behind others in the projection."""
+
+    def fn(q: Tensor, compressed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return deepseek(q[..., 8:24], cos, sin), deepseek(compressed[..., 5:].unsqueeze(1), cos, sin)
+
+    q, compressed = torch.randn(BATCH, HEADS, SEQ, 24), torch.randn(BATCH, SEQ, 5 + DIM)
+    report = fused_within_contract(fn, q, compressed, *inputs()[2:])
+    assert report.idioms["rope"] == 2 and report.ops["rotary"] == 1
+    assert arguments(report)["layout"] == "mla"
+
+
+def test_input_rounded_before_the_rotation() -> None:
+    """A cast that narrows x belongs to x, and must not be skipped."""
+
+    def fn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return llama((x * 3.0).to(torch.bfloat16), cos.bfloat16(), sin.bfloat16())
+
+    q, _, cos, sin = inputs(torch.float32)
+    report = fused_within_contract(fn, q, cos, sin)
+    assert report.idioms["rope"] == 1
+    x = next(node for node in report.graph("fused").graph.nodes if "rotary" in str(node.target)).args[0][0]
+    assert x.meta["val"].dtype is torch.bfloat16
+
+
+# -------------------------------------------------------------------- q and k together
+
+
+def test_other_users_of_the_parts_keep_them() -> None:
+    def fn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        turned = rotate_half(q)
+        return q * cos + turned * sin, llama(k, cos, sin), turned
+
+    report = fused_within_contract(fn, *inputs())
+    assert report.idioms["rope"] == 2 and report.ops == {"rotary": 1}
+
+
+def test_tensors_with_different_tables_stay_apart() -> None:
+    def fn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return llama(q, cos, sin), llama(k, cos * 2, sin)
+
+    report = fused_within_contract(fn, *inputs())
+    assert report.idioms["rope"] == 2 and report.ops == {"rotary": 2}
+
+
+def test_tensors_that_turn_differently_stay_apart() -> None:
+    def fn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return llama(q, cos, sin), nanochat(k, cos, sin)
+
+    report = fused_within_contract(fn, *inputs())
+    assert report.idioms["rope"] == 2 and report.ops == {"rotary": 2}
+
+
+def test_a_rotation_of_a_rotation_stays_apart() -> None:
+    report = fused_within_contract(lambda q, k, cos, sin: llama(llama(q, cos, sin), cos, sin), *inputs())
+    assert report.idioms["rope"] == 2 and report.ops == {"rotary": 2}
+
+
+# -------------------------------------------------------------------- what is no rotation
+
+
+def halves_swapped(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, -1)
+    return x * cos + torch.cat((-x1, x2), -1) * sin
+
+
+def nothing_negated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, -1)
+    return x * cos + torch.cat((x2, x1), -1) * sin
+
+
+def both_negated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, -1)
+    return x * cos + torch.cat((-x2, -x1), -1) * sin
+
+
+def parts_overlap(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + torch.cat((-x[..., 7:15], x[..., :8]), -1) * sin
+
+
+def parts_unequal(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + torch.cat((-x[..., 6:], x[..., :6]), -1) * sin
+
+
+def neighbours_as_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + torch.cat((-x[..., 1::2], x[..., ::2]), -1) * sin
+
+
+def halves_as_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, -1)
+    return x * cos + torch.stack((-x2, x1), -1).flatten(-2) * sin
+
+
+def even_and_odd_swapped(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + torch.stack((-x[..., ::2], x[..., 1::2]), -1).flatten(-2) * sin
+
+
+def parts_of_another_tensor(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + rotate_half(x + 1) * sin
+
+
+def parts_rounded_otherwise(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + rotate_half(x.bfloat16()).float() * sin
+
+
+def across_the_tokens(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, -2)
+    return x * cos + torch.cat((-x2, x1), -2) * sin
+
+
+def one_entry_for_all_channels(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos[..., :1] + rotate_half(x) * sin[..., :1]
+
+
+def pairs_of_one_sign(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (x1, x2), cos, sin = x.chunk(2, -1), cos[..., :8], sin[..., :8]
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos - x1 * sin), -1)
+
+
+def pairs_with_cos_and_sin_swapped(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (x1, x2), cos, sin = x.chunk(2, -1), cos[..., :8], sin[..., :8]
+    return torch.cat((x1 * cos - x2 * sin, x2 * sin + x1 * cos), -1)
+
+
+def pairs_with_two_tables(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (x1, x2), cos, sin = x.chunk(2, -1), cos[..., :8], sin[..., :8]
+    return torch.cat((x1 * cos - x2 * sin, x2 * (cos + 1) + x1 * (sin + 1)), -1)
+
+
+def pairs_of_shifted_tables(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat((x1 * cos[..., :8] - x2 * sin[..., :8], x2 * cos[..., 4:12] + x1 * sin[..., 4:12]), -1)
+
+
+def halves_written_as_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (x1, x2), cos, sin = x.chunk(2, -1), cos[..., :8], sin[..., :8]
+    return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).flatten(-2)
+
+
+def pairs_of_two_tensors(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2, cos, sin = x[..., :8], (x + 1)[..., 8:], cos[..., :8], sin[..., :8]
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
+
+
+def tables_with_more_rows(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return llama(x[:1], cos, sin)
+
+
+def product_in_float64(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return llama(x.double(), cos.double(), sin.double()).float()
+
+
+LOOK_ALIKES: list[tuple[Rotate, str | None]] = [
+    (halves_swapped, "not made of the halves"),
+    (nothing_negated, None),
+    (both_negated, "not made of the halves"),
+    (parts_overlap, "not made of the halves"),
+    (parts_unequal, "not made of the halves"),
+    (neighbours_as_halves, "not made of the halves"),
+    (halves_as_neighbours, "not made of the halves"),
+    (even_and_odd_swapped, "not made of the halves"),
+    (parts_of_another_tensor, "not made of the halves"),
+    (parts_rounded_otherwise, "not made of the halves"),
+    (across_the_tokens, None),
+    (one_entry_for_all_channels, "one entry for every rotated channel"),
+    (pairs_of_one_sign, "signs"),
+    (pairs_with_cos_and_sin_swapped, None),
+    (pairs_with_two_tables, "different cos or sin"),
+    (pairs_of_shifted_tables, "different cos or sin"),
+    (halves_written_as_neighbours, "interleaved"),
+    (pairs_of_two_tensors, "of one tensor"),
+    (tables_with_more_rows, "more rows"),
+    (product_in_float64, "float64"),
+]
+
+
+@pytest.mark.parametrize(("rotate", "reason"), LOOK_ALIKES, ids=lambda item: getattr(item, "__name__", ""))
+def test_look_alike_is_left_alone(rotate: Rotate, reason: str | None) -> None:
+    """What has the marks of a rotation is reported as a miss, with the reason; what has not is nobody's business."""
+    report = fused_within_contract(rotate, *inputs()[1:])
+    assert not report.idioms["rope"] and "rotary" not in report.ops
+    reasons = [site.reason or "" for site in report.missed if site.idiom == "rope"]
+    assert [reason in found for found in reasons] == [True] if reason else not reasons, reasons
+
+
+@pytest.mark.parametrize(
+    "rest", [lambda x: x[..., 7:15], lambda x: (x + 1)[..., 8:], lambda x: x[..., 8:12]], ids=["overlapping", "of another tensor", "shorter"]
+)
+def test_what_is_not_the_rest_does_not_pass_through(rest: Callable[[Tensor], Tensor]) -> None:
+    """The rotation itself is fused, the cat stays."""
+    report = fused_within_contract(
+        lambda x, cos, sin: torch.cat((llama(x[..., :8], cos[..., :8], sin[..., :8]), rest(x)), -1), *inputs()[1:]
+    )
+    assert report.idioms["rope"] == 1 and arguments(report)["rotary_dim"] == -1
+    assert any(str(node.target) == "aten.cat.default" for node in report.graph("fused").graph.nodes)
+
+
+def test_product_of_complex_tensors_is_no_rotation() -> None:
+    def fn(a: Tensor, b: Tensor) -> Tensor:
+        return torch.view_as_real(torch.fft.fft(a) * torch.fft.fft(b)).flatten(-2)
+
+    report = fused_within_contract(fn, torch.randn(2, 8), torch.randn(2, 8))
+    assert not report.idioms["rope"] and not report.missed
+
+
+def test_symbolic_width_is_not_fused() -> None:
+    """Whether a width that is known at run time only is even, nobody knows now."""
+    x, cos, sin = (torch.randn(2, 4, 6, 10) for _ in range(3))
+    report = fused_within_contract(llama, x, cos, sin, dynamic=True)
+    assert not report.idioms["rope"]
+    assert "run time" in (report.missed[0].reason or "")
+
+
+# -------------------------------------------------------------------- rounding
+
+EXACT = FusionConfig(rounding="exact")
+
+
+@pytest.mark.parametrize(
+    ("rotate", "dtype", "count"),
+    [(llama, torch.float32, 2), (llama, torch.bfloat16, 0), (upcast, torch.bfloat16, 2), (cohere, torch.bfloat16, 2), (gpt_oss, torch.bfloat16, 0)],
+    ids=lambda item: getattr(item, "__name__", str(item)),
+)
+def test_exact_rounding(rotate: Rotate, dtype: torch.dtype, count: int) -> None:
+    """The fused op rounds once: where the model rounds every product, `exact` leaves it alone; else the results are the same bits."""
+    args = inputs(dtype)
+    outputs, report = fused(both(rotate), *args, config=EXACT)
+    assert report.idioms["rope"] == count
+    assert all(torch.equal(a, b) for a, b in zip(outputs, both(rotate)(*args), strict=True)) or dtype is torch.float32
+    assert count or all("rounding='exact'" in (site.reason or "") for site in report.missed)
+
+
+def test_exact_rounding_of_leading_channels() -> None:
+    """A rotation rounded before it is concatenated in fp32 stays apart from what passes through."""
+
+    def fn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return torch.cat((upcast(x[..., :8], cos[..., :8], sin[..., :8]), x[..., 8:]), -1)
+
+    outputs, report = fused(fn, *inputs(torch.bfloat16)[1:], config=EXACT)
+    assert report.idioms["rope"] == 1 and arguments(report)["rotary_dim"] == 8
