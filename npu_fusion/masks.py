@@ -368,7 +368,12 @@ def _less(op: str, a: Affine, b: Affine) -> Condition:
 def _simplified(term: Affine) -> Condition:
     if term.is_constant and _at_least(term.constant, 0):
         return ALWAYS
-    return NEVER if term.is_constant and _at_least(-1, term.constant) else frozenset({term})
+    if term.is_constant and _at_least(-1, term.constant):
+        return NEVER
+    divisor = math.gcd(term.query, term.key)
+    if divisor > 1 and isinstance(term.constant, int):  # of integers: floor
+        term = Affine(term.query // divisor, term.key // divisor, term.constant // divisor)
+    return frozenset({term})
 
 
 def _both(a: Condition | None, b: Condition | None) -> Condition | None:

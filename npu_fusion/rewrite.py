@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 
 from .layout import dims_by_stride, needs_layout, returned_memory, same_strides
 from .match import Match, form_inputs
+from .metadata import Metadata
 from .torch_private import fake_mode_of, unbacked_float
 from .verify import Check, make_check
 from .view import Literal, Value, View
@@ -70,7 +71,15 @@ def rewrite(gm: GraphModule, view: View, matches: Iterable[Match], keep_checks: 
 
 def output_nodes(view: View, match: Match) -> list[Node]:
     """All FX nodes that compute an output of the match."""
-    return [node for value in match.outputs for node in view.nodes.get(value, ())]
+    return [node for value in match.outputs for node in view.nodes.get(value) or _reshape_of(view, value)]
+
+
+def _reshape_of(view: View, value: Value) -> list[Node]:
+    """For an output that the graph does not compute in that shape: the first node that computes it in another."""
+    base = value.args[0] if value.op == "reshape" else value
+    family = [base, *(user for user in base.users if user.op == "reshape")]
+    nodes = [node for member in family for node in view.nodes.get(member, ())]
+    return [min(nodes, key=view.position.__getitem__)] if nodes else []
 
 
 class _Rejected(Exception):
@@ -83,6 +92,7 @@ class _Rewriter:
         self.view = view
         self.keep_checks = keep_checks
         self.fake_mode = fake_mode_of(gm)
+        self.metadata = Metadata(self.fake_mode)
         self.result = RewriteResult()
         self.dead: set[Node] = set()
         self.emitted: list[Node] = []
@@ -206,11 +216,17 @@ class _Rewriter:
         replaced: dict[Node, Node] = {}
         multiple = not isinstance(call.meta["val"], torch.Tensor)
         for position, value in enumerate(match.call.outputs):
-            old_nodes = self._replaceable(value) if value is not None else []
-            if not old_nodes:
+            if value is None:
+                continue
+            old_nodes = self._replaceable(value)
+            other_shape = [] if self.view.nodes.get(value) else [node for node in _reshape_of(self.view, value) if self._live_users(node)]
+            if not old_nodes and not other_shape:
                 continue
             new = self._emit(operator.getitem, (call, position), {}) if multiple else call
             replaced.update(dict.fromkeys(old_nodes, new))
+            for node in other_shape:
+                sizes = [self.materializer.size(size) for size in to_shape(node.meta["val"].shape)]
+                replaced[node] = self._emit(torch.ops.aten.reshape.default, (new, sizes), {})
         return replaced
 
     def _replaceable(self, value: Value) -> list[Node]:
@@ -334,18 +350,10 @@ class _Rewriter:
         args, kwargs = map_arg((args, kwargs), self._current)
         node = self.graph.call_function(target, args, kwargs)
         self.emitted.append(node)
-        fake_args, fake_kwargs = map_arg((args, kwargs), _fake_argument)
-        with self.fake_mode:
-            node.meta["val"] = target(*fake_args, **fake_kwargs)
+        node.meta["val"] = self.metadata.of(target, args, kwargs)
         assert self.template is not None
         node.meta.update({key: self.template.meta[key] for key in _KEPT_META if key in self.template.meta})
         return node
-
-
-def _fake_argument(node: Node) -> Any:
-    """What a fake kernel gets for a node. A number known at run time only is any number: metadata never depends on one."""
-    val = node.meta["val"]
-    return 1.0 if isinstance(val, torch.SymFloat) else val
 
 
 def _real_values(match: Match) -> list[Value]:

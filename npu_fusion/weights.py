@@ -177,7 +177,7 @@ def merge_linears(gm: GraphModule, real_inputs: Sequence[Any]) -> WeightMerger |
 
     Args:
         gm: graph whose nodes carry `meta["val"]`.
-        real_inputs: for each placeholder, the tensor that will be passed (fake or meta ones count as parameters that can be merged), or None.
+        real_inputs: for each placeholder the tensor that will be passed, or None. Fake and meta parameters count as ones that can be merged.
 
     Returns:
         what supplies the new inputs at each call, or None where there was nothing to merge.
@@ -186,7 +186,9 @@ def merge_linears(gm: GraphModule, real_inputs: Sequence[Any]) -> WeightMerger |
     if len(placeholders) != len(real_inputs):
         return None
     position = {node: i for i, node in enumerate(placeholders)}
-    parameters = {node for node, real in zip(placeholders, real_inputs, strict=True) if isinstance(real, nn.Parameter) and not _written(node)}
+    parameters = {
+        node for node, real in zip(placeholders, real_inputs, strict=True) if isinstance(real, nn.Parameter) and not _written(node)
+    }
     emitter = _Emitter(gm, placeholders[-1] if placeholders else None)
     for group in _groups(gm.graph, parameters):
         parts = [[position[linear.weight] for linear in group]]
@@ -297,20 +299,18 @@ def _erase_dead(node: Node) -> None:
 
 @dataclass(eq=False)
 class _Merged:
-    """A merged weight, and where its parts lie in it. While the tensor lives, nothing else can lie there."""
+    """A merged weight, and the addresses of its parts. While the tensor lives, nothing else can lie there."""
 
     tensor: Tensor
-    layouts: tuple[tuple[int, torch.Size, tuple[int, ...], torch.dtype], ...]
+    addresses: tuple[int, ...]
 
     def holds(self, parts: Sequence[Tensor]) -> bool:
-        """Whether the tensors are the parts, in order."""
-        for part, (pointer, shape, stride, dtype) in zip(parts, self.layouts, strict=True):
-            if part.data_ptr() != pointer or part.shape != shape or part.stride() != stride or part.dtype is not dtype:
-                return False
-        return True
+        """Whether the tensors are the parts, in order: that they have the sizes, strides and type for which the graph was compiled is what
+        Dynamo guards, so that their addresses tell."""
+        return tuple(map(Tensor.data_ptr, parts)) == self.addresses
 
 
-# First part -> number of parts -> merged weight. Lives as long as the parameter, and is shared by all graphs that merge the same parameters.
+# First part -> shape -> merged weight. It lives as long as the parameter, and all graphs that merge the same parameters share it.
 _MERGED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -327,14 +327,18 @@ class _Slot:
 
     def tensor(self, inputs: Sequence[Any]) -> Tensor:
         parts = [inputs[i] for i in self.positions]
-        merged = self.last()
-        if merged is not None and merged.holds(parts):
-            return merged.tensor
+        tensor = self._same_as_last(parts)
+        if tensor is not None:
+            return tensor
         merged = _find_or_merge(parts)
         if merged is None:
             return torch.cat(parts)
         self.last = weakref.ref(merged)
         return merged.tensor
+
+    def _same_as_last(self, parts: Sequence[Tensor]) -> Tensor | None:
+        merged = self.last()
+        return merged.tensor if merged is not None and merged.holds(parts) else None
 
 
 class WeightMerger:
@@ -364,27 +368,26 @@ class WeightMerger:
     def note(self) -> str:
         """What was merged, for the report."""
         merged = sum(len(slot.positions) for slot in self.slots)
-        return f"{merged} parameters of linears that share their input are merged into {len(self.slots)} (merge_weights=False keeps them apart)"
+        return f"{merged} weights and biases of linears that share their input are merged into {len(self.slots)} (merge_weights=True)"
 
 
 def _find_or_merge(parts: Sequence[Tensor]) -> _Merged | None:
-    """The merged weight of the parts: one made before, the memory in which they lie next to one another, or a new one."""
-    known: dict[int, _Merged] = _MERGED.setdefault(parts[0], {})
-    merged = known.get(len(parts))
-    if merged is not None and merged.holds(parts):
-        return merged
+    """The merged weight of the parts: one made before, the memory in which they lie next to one another, or a new one. None where their
+    memory must stay where it is."""
     if not _adjacent(parts):
         for part in parts:
-            _MERGED.pop(part, None)
-        del merged, known
+            _MERGED.pop(part, None)  # what they were part of before must not count as somebody who refers to their memory
         reason = why_not_owned(parts)
         if reason is not None:
             _warn_once(parts, reason)
             return None
         _take_over(parts)
-    merged = _Merged(_span(parts), tuple((part.data_ptr(), part.shape, part.stride(), part.dtype) for part in parts))
-    _MERGED.setdefault(parts[0], {})[len(parts)] = merged
-    return merged
+    known: dict[torch.Size, _Merged] = _MERGED.setdefault(parts[0], {})
+    merged = _Merged(_span(parts), tuple(map(Tensor.data_ptr, parts)))
+    found = known.get(merged.tensor.shape)
+    if found is None or found.addresses != merged.addresses or found.tensor.dtype is not merged.tensor.dtype:
+        found = known[merged.tensor.shape] = merged
+    return found
 
 
 def _adjacent(parts: Sequence[Tensor]) -> bool:

@@ -42,7 +42,7 @@ from npu_fusion.pattern import (
 from npu_fusion.rule import Call, Reject, Rule, register_builtin
 from npu_fusion.view import Literal, Value
 from npu_fusion.view.canon import Canon
-from npu_fusion.view.shapes import broadcast, known_equal, same_shape
+from npu_fusion.view.shapes import broadcast, known_equal, product, same_shape
 from npu_fusion.view.value import Shape
 
 ONE = Literal(1.0)
@@ -87,8 +87,11 @@ probabilities = opt_cast(any_of(without_sinks, with_sinks, zeroed.as_("zeroed"))
 
 def check_eager(m: Match) -> Reject | None:
     """The shapes are those of heads, numbers are known where they decide the meaning, and nobody else wants the probabilities."""
-    if m.root.ndim not in (4, 5):
-        return Reject("the heads are not a dimension of their own: query, key and value have to be [batch, heads, length, size]", m.root)
+    if m.root.ndim < 3 or any(m[name].ndim != m.root.ndim for name in ("query", "key_t", "value")):
+        return Reject("query, key and value are not [batch, heads, length, size]", m.root)
+    mask = _mask(m)
+    if mask is not None and m.root.ndim > 4 and mask.ndim > 2 and mask.ndim != m.root.ndim:
+        return Reject("the mask has other dimensions than the logits", mask)
     for name in ("factor", "divisor"):
         if name in m and m[name].ndim > 0 and not known_equal(m[name].shape[-1], 1):
             return Reject("the logits are multiplied with a tensor that differs from key to key", m[name])
@@ -119,8 +122,6 @@ def _check_numbers(m: Match) -> Reject | None:
         return Reject("the mask is multiplied with a number that is known at run time only", m["softmax"])
     if _scale(m) is None:
         return Reject("the scale is a product of several numbers that are known at run time only", m["softmax"])
-    if _output(m) is None:
-        return Reject("nothing computes the result as [batch, heads, length, size]", m.root)
     return None
 
 
@@ -239,17 +240,29 @@ def _sinks(m: Match) -> Value | None:
     return heads
 
 
-def _output(m: Match) -> Value | None:
-    """The value [B, N, Sq, Dv] that the graph computes."""
+def _output(m: Match) -> Value:
+    """The result as [B, N, Sq, Dv]."""
     *lead, length, size = m.root.shape
-    heads = m.view.canon.reshape(m.root, (lead[0], *([lead[1]] if len(lead) == 2 else [lead[1] * lead[2]]), length, size))
-    return heads if m.view.nodes.get(heads) else None
+    batch, heads = (lead[0], 1) if len(lead) == 1 else (lead[0], product(lead[1:]))
+    return m.view.canon.reshape(m.root, (batch, heads, length, size))
+
+
+def _with_heads(canon: Canon, x: Value, lead: Shape) -> Value:
+    """A key, value, query or mask that broadcasts over the leading dimensions `lead` of the result, as [B, N, S, D]."""
+    if len(lead) == 1:
+        return canon.reshape(x, (*x.shape[:1], 1, *x.shape[1:])) if x.ndim == 3 else x
+    if len(lead) == 2:
+        return x
+    grouped = canon.expand(x, (*x.shape[:1], *lead[1:], *x.shape[-2:]))
+    return canon.reshape(grouped, (x.shape[0], product(lead[1:]), *x.shape[-2:]))
 
 
 def _call(m: Match, heads: tuple[Value, Value, Value], mask: Value | None, output: Value, extra: dict[str, object]) -> Call:
     """One call of `attention` on query, key and value [B, N, S, D], the repetition of heads and of batches taken off."""
-    canon = m.view.canon
-    query, key, value = heads
+    canon, lead = m.view.canon, m.root.shape[:-2]
+    query, key, value = (_with_heads(canon, x, lead) for x in heads)
+    if mask is not None and mask.ndim > 2:
+        mask = _with_heads(canon, mask, lead)
     logits_shape = (*query.shape[:-1], key.shape[-2])
     key_once, key_repeats = unrepeated(canon, key, 1)
     value_once, value_repeats = unrepeated(canon, value, 1)
@@ -278,8 +291,7 @@ def _before_upcast(x: Value) -> Value:
 
 
 def rewrite_eager(m: Match) -> Call:
-    canon, output = m.view.canon, _output(m)
-    assert output is not None
+    canon = m.view.canon
     key_t = unscaled(canon, m["key_t"])[0]
     swapped = (*range(key_t.ndim - 2), key_t.ndim - 1, key_t.ndim - 2)
     key = canon.permute(key_t, swapped)
@@ -289,7 +301,7 @@ def rewrite_eager(m: Match) -> Call:
         extra["softcap"] = m["softcap"]
     if "sinks" in m:
         extra["sinks"] = _sinks(m)
-    return _call(m, (query, key, m["value"]), _mask(m), output, extra)
+    return _call(m, (query, key, m["value"]), _mask(m), _output(m), extra)
 
 
 def _tempered(m: Match, query: Value) -> Value:
@@ -316,8 +328,10 @@ EAGER = Rule(
 
 
 def check_sdpa(m: Match) -> Reject | None:
-    if m.root.ndim != 4:
-        return Reject("the heads are not a dimension of their own: query, key and value have to be [batch, heads, length, size]", m.root)
+    if m.root.ndim < 3 or any(m[name].ndim != m.root.ndim for name in ("query", "key", "value")):
+        return Reject("query, key and value are not [batch, heads, length, size]", m.root)
+    if "mask" in m and m.root.ndim > 4 and m["mask"].ndim > 2 and m["mask"].ndim != m.root.ndim:
+        return Reject("the mask has other dimensions than the logits", m["mask"])
     return None
 
 
@@ -327,7 +341,7 @@ def rewrite_sdpa(m: Match) -> Call:
     extra: dict[str, object] = {"scale": m["scale"]}
     if m.root.attrs["is_causal"]:
         extra["is_causal"] = True
-    return _call(m, (query, key, value), m.get("mask"), m.root, extra)
+    return _call(m, (query, key, value), m.get("mask"), _output(m), extra)
 
 
 _operands = (var("query"), var("key"), var("value"), lit("scale"))

@@ -57,8 +57,10 @@ def check_glu(m: Match) -> Reject | None:
     if "activation.other" in m:
         return Reject(why_not(m["activation.other"]), m["activation.other"])
     g, u, site = m["gate"], m["up"], m["site"]
+    if source_of(g) is source_of(u):
+        return Reject("both factors are functions of one tensor: an activation, not a gate", site)
     if not _gates(site, g, u):
-        return Reject("the activation is not multiplied with another tensor of its own shape", site)
+        return Reject("the activation is not multiplied with a tensor of its own shape", site)
     if "up_low" in m and not _symmetric(m["up_low"], m["up_high"]):
         return Reject("the clamp of up is not symmetric", u)
     if bits(g.dtype) < 64 and bits(u.dtype) < 64 and any(value.dtype is torch.float64 for value in m.visited):

@@ -127,7 +127,9 @@ _PLAIN = {
     "root": "the root of the mean square",
     "unscaled": "the norm before the scalar factor",
     "activation": "the activated gate",
+    "rounded_activation": "the activated gate",
     "gated": "the product with the gate",
+    "rounded_gated": "the product with the gate",
     "site": "the result",
     "with_bias": "the sum with the bias",
 }
@@ -151,7 +153,8 @@ class _Scaling:
         normed: Value | None = m.get("normed")
         self.round_dtype = normed.dtype if normed is not None and _narrower(normed, internal) else None
         base = self.round_dtype or internal
-        self.model_dtypes: list[torch.dtype] = [m[name].dtype for name in ("one_plus_weight", "scaled") if name in m]
+        steps = ("one_plus_weight", "scaled", "rounded_scaled")
+        self.model_dtypes: list[torch.dtype] = [m[name].dtype for name in steps if name in m]
         self.weight: Value = m["weight"]
         self.dtype = torch.promote_types(base, self.weight.dtype)
         widest = max(self.model_dtypes, key=bits)
@@ -193,6 +196,9 @@ def _uncast(value: Value) -> Value:
     return value
 
 
+not_centred = x.where(lambda value: not _is_centred(value), "the mean is subtracted first")
+
+
 def check_rms_norm(m: Match) -> Reject | None:
     """The mean runs over the last dimension of x itself, which is not centred; the weight is a vector along it."""
     if _is_centred(_uncast(m["x"])):
@@ -232,9 +238,7 @@ RMS_NORM = Rule(
     rewrite=rewrite_rms_norm,
     produces="rms_norm",
     idioms={"rms_norm": "site"},
-    gist=rsqrt(
-        mean(opt_cast(square(opt_cast(x.where(lambda value: not _is_centred(value), "the mean is subtracted first"))))) + eps
-    ).as_("site"),
+    gist=rsqrt(stabilised(mean(opt_cast(square(opt_cast(not_centred)))))).as_("site"),
 )
 
 
@@ -432,9 +436,11 @@ def check_layer_norm(m: Match) -> Reject | None:
 def rewrite_layer_norm(m: Match) -> Call:
     args: dict[str, Any] = {"x": _source(m), "weight": None, "bias": None, "eps": m.get("eps", 0.0), "out_dtype": m.root.dtype}
     if "weight" in m:
-        args |= _Scaling(m).arguments()
-    if "bias" in m:
-        args["bias"] = _vector(m, m["bias"])
+        scaling = _Scaling(m)
+        args |= scaling.arguments()
+        if "bias" in m:
+            narrow = bits(torch.promote_types(scaling.dtype, m["bias"].dtype)) < bits(m["site"].dtype)
+            args["bias"] = _vector(m, m.view.canon.cast(m["bias"], m["site"].dtype) if narrow else m["bias"])
     return Call(layer_norm, args, [m.root])
 
 

@@ -69,8 +69,8 @@ class Canon:
         if op == "square":
             if x.op == "sqrt":
                 return x.args[0]
-            if x.op == "neg":
-                x = x.args[0]
+            negated = self._negated(x)
+            x = x if negated is None else negated
         if op == "reciprocal":
             if x.op == "sqrt":
                 return self.unary("rsqrt", x.args[0])
@@ -105,9 +105,15 @@ class Canon:
         a, b = denominator.args
         if not is_number(b, 1):
             a, b = b, a
-        if is_number(b, 1) and a.op == "exp" and a.args[0].op == "neg":
-            return self.unary("sigmoid", a.args[0].args[0])
-        return None
+        negated = self._negated(a.args[0]) if a.op == "exp" else None
+        return self.unary("sigmoid", negated) if is_number(b, 1) and negated is not None else None
+
+    def _negated(self, x: Value) -> Value | None:
+        """y, where x is -y. Casts stand outside neg."""
+        if x.op == "cast" and x.dtype is not None and _is_floating(x.args[0]):
+            inner = self._negated(x.args[0])
+            return None if inner is None else self.cast(inner, x.dtype)
+        return x.args[0] if x.op == "neg" else None
 
     def binary(self, op: str, a: Value, b: Value, shape: Shape | None = None) -> Value:
         """`op` on operands of one dtype (casts are the caller's); a constant operand stays a Python number."""
@@ -146,10 +152,11 @@ class Canon:
         return self.table.intern(op, (a, b), {}, shape, typed.dtype)
 
     def _add(self, a: Value, b: Value, shape: Shape) -> Value:
-        if a.op == "neg" and b.op != "neg":
+        if self._negated(a) is not None and self._negated(b) is None:
             a, b = b, a
-        if b.op == "neg":
-            return self._sub(a, b.args[0], shape)
+        negated = self._negated(b)
+        if negated is not None:
+            return self._sub(a, negated, shape)
         for x, other in ((a, b), (b, a)):
             if (is_number(x, 0) or _is_zeros(x)) and same_shape(other.shape, shape):
                 return other
@@ -161,8 +168,9 @@ class Canon:
         number = number_of(b)
         if number is not None and not isinstance(number, bool):
             return self._add(a, self.const(-number), shape)
-        if b.op == "neg":
-            return self._add(a, b.args[0], shape)
+        negated = self._negated(b)
+        if negated is not None:
+            return self._add(a, negated, shape)
         if is_number(a, 0) and same_shape(b.shape, shape):
             return self.unary("neg", b)
         return self._emit("sub", a, b, shape, commutative=False)
@@ -171,8 +179,9 @@ class Canon:
         if a is b and a.dtype is not None:
             return self.unary("square", a)
         for x, y in ((a, b), (b, a)):
-            if x.op == "neg":
-                return self.unary("neg", self._mul(x.args[0], y, shape))
+            negated = self._negated(x)
+            if negated is not None:
+                return self.unary("neg", self._mul(negated, y, shape))
             if is_number(x, 1) and same_shape(y.shape, shape):
                 return y
             if is_number(x, -1) and same_shape(y.shape, shape):

@@ -100,7 +100,7 @@ class ValueTable:
 
     def intern(self, op: str, args: Iterable[Value], attrs: dict[str, Any], shape: Shape, dtype: torch.dtype | None) -> Value:
         args = tuple(args)
-        key = (op, tuple(arg.index for arg in args), tuple((k, _key(v)) for k, v in sorted(attrs.items())), dtype)
+        key = (op, tuple(arg.index for arg in args), tuple((k, attribute_key(v)) for k, v in sorted(attrs.items())), dtype)
         found = self._table.get(key)
         if found is None:
             found = self._table[key] = self._new(op, args, attrs, shape, dtype)
@@ -122,12 +122,12 @@ class ValueTable:
         return iter(self.values)
 
 
-def _key(attr: Any) -> Any:
+def attribute_key(attr: Any) -> Any:
     """A hashable key under which 1, True and 1.0, and 0.0 and -0.0, stay apart."""
     if isinstance(attr, float):
         return ("float", attr.hex())
     if isinstance(attr, (bool, int)):
         return (type(attr).__name__, attr)
     if isinstance(attr, (tuple, list)):
-        return tuple(_key(item) for item in attr)
+        return tuple(attribute_key(item) for item in attr)
     return attr

@@ -180,3 +180,207 @@ def test_every_spelling_of_rms_norm_is_one_op(spelling: Spelling, dtype: torch.d
     assert report.ops == {"rms_norm": 1}
     assert report.launches_after == 1
     assert not report.missed
+
+
+@pytest.mark.parametrize("spelling", RMS_SPELLINGS)
+def test_exact_rounding_takes_only_what_rounds_alike(spelling: Spelling) -> None:
+    x, norm = tokens(torch.bfloat16), Norm(spelling, torch.bfloat16)
+    outputs, report = fused(norm, x, config=EXACT)
+    assert report.idioms["rms_norm"] == (spelling not in ROUNDS_EARLY)
+    assert (outputs - norm(x)).abs().max() <= 2**-7 * outputs.abs().max()  # at most a last place, from another order of summation
+    for missed in report.missed:
+        assert "rounding='exact'" in str(missed.reason)
+
+
+def test_one_plus_weight_rounded_to_bf16_is_a_weight_like_any_other() -> None:
+    def in_bf16(x: Tensor, w: Tensor, eps: float) -> Tensor:
+        h = x.float()
+        return (h * torch.rsqrt(mean_square(h) + eps) * (1 + w)).to(x.dtype)
+
+    x, norm = tokens(torch.bfloat16), Norm(in_bf16, torch.bfloat16)
+    assert fused_within_contract(norm, x).launches_after == 1
+    outputs, report = fused(norm, x, config=EXACT)
+    assert report.ops == {"rms_norm": 1}
+    assert report.launches_after == 2  # 1 + w is added where the model rounds it
+    assert (outputs - norm(x)).abs().max() <= 2**-7 * outputs.abs().max()
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [None, EXACT])
+@pytest.mark.parametrize("spelling", [llama, gemma, olmo2, one_plus_after_cast])
+def test_weight_of_another_type(spelling: Spelling, weight_dtype: torch.dtype, config: FusionConfig | None) -> None:
+    x_dtype = torch.bfloat16 if weight_dtype is torch.float32 else torch.float32
+    report = fused_within_contract(Norm(spelling, weight_dtype), tokens(x_dtype), config=config)
+    assert report.ops == {"rms_norm": 1}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keeps_fp32", [False, True])
+def test_without_weight(dtype: torch.dtype, keeps_fp32: bool) -> None:
+    def bare(x: Tensor) -> Tensor:
+        h = x.float()
+        normed = h * torch.rsqrt(mean_square(h) + 1e-6)
+        return normed if keeps_fp32 else normed.to(x.dtype)
+
+    assert fused_within_contract(bare, tokens(dtype)).ops == {"rms_norm": 1}
+
+
+def test_without_eps() -> None:
+    assert fused_within_contract(lambda x: x / x.pow(2).mean(-1, keepdim=True).sqrt(), tokens(torch.float32)).ops == {"rms_norm": 1}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("eps", [None, 0.25])
+def test_torch_module(dtype: torch.dtype, affine: bool, eps: float | None) -> None:
+    norm = nn.RMSNorm(HIDDEN, eps=eps, elementwise_affine=affine, dtype=dtype)
+    report = fused_within_contract(norm, tokens(dtype))
+    assert (report.idioms, report.ops) == ({"rms_norm": 1}, {"rms_norm": 1})
+
+
+def test_scalars_around_the_norm_stay_beside_it() -> None:
+    def scaled(x: Tensor, w: Tensor, eps: float) -> Tensor:
+        return llama(x, w * 0.5, eps) * 3.0
+
+    assert fused_within_contract(Norm(scaled, torch.bfloat16), tokens(torch.bfloat16)).ops == {"rms_norm": 1}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_transposed_input_and_heads(dtype: torch.dtype) -> None:
+    norm = Norm(lambda x, w, eps: llama(x.transpose(1, 2), w, eps).transpose(1, 2), dtype)
+    assert fused_within_contract(norm, tokens(dtype, 2, 4, 3, HIDDEN)).ops == {"rms_norm": 1}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_groups_of_channels_with_one_weight(dtype: torch.dtype, dynamic: bool) -> None:
+    def grouped(x: Tensor, w: Tensor, eps: float) -> Tensor:
+        h = x.float().view(*x.shape[:-1], 4, HIDDEN // 4)
+        return w * (h * torch.rsqrt(mean_square(h) + eps)).view(x.shape).to(x.dtype)
+
+    report = fused_within_contract(Norm(grouped, dtype), tokens(dtype), dynamic=dynamic)
+    assert report.idioms == {"rms_norm": 1}
+    assert report.launches_after == 1
+
+
+def test_regrouping_that_is_no_fold_keeps_the_weight_outside() -> None:
+    def other(x: Tensor, w: Tensor, eps: float) -> Tensor:
+        h = x.float()
+        return w * (h * torch.rsqrt(mean_square(h) + eps)).view(5, 2, HIDDEN)
+
+    report = fused_within_contract(Norm(other, torch.float32), tokens(torch.float32))
+    assert report.idioms == {"rms_norm": 1}
+    assert report.launches_after == 2
+
+
+# -------------------------------------------------------------------- RMSNorm: eps is the model's
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_two_models_of_one_class_keep_their_own_eps(dynamic: bool) -> None:
+    x = tokens(torch.float32, scale=0.1)
+    for eps in (1e-6, 0.5, 1e-2):
+        norm = Norm(llama, torch.float32, eps)
+        compiled = torch.compile(norm, backend="npu_fusion", dynamic=dynamic)
+        assert_within_contract(compiled(x), norm(x), norm.double()(x.double()), torch.float32, f"eps {eps}")
+        assert npu_fusion.report(compiled).idioms["rms_norm"] >= 1
+
+
+@pytest.mark.parametrize("eps", [1e-12, 3e-4, 1.0])
+def test_any_eps_is_captured(eps: float) -> None:
+    assert fused_within_contract(Norm(llama, torch.float32, eps), tokens(torch.float32, scale=0.1)).ops == {"rms_norm": 1}
+
+
+# -------------------------------------------------------------------- RMSNorm: look-alikes
+
+
+def eps_outside_the_root(x: Tensor, w: Tensor) -> Tensor:
+    return w * (x / (mean_square(x).sqrt() + 0.1))
+
+
+def part_of_the_hidden_size(x: Tensor, w: Tensor) -> Tensor:
+    return w * (x * torch.rsqrt(mean_square(x[..., : HIDDEN // 2]) + 1e-5))
+
+
+def another_tensors_root(x: Tensor, w: Tensor) -> Tensor:
+    return w * (x * torch.rsqrt(mean_square(x + 1) + 1e-5))
+
+
+def over_tokens(x: Tensor, w: Tensor) -> Tensor:
+    return w * (x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-5))
+
+
+def over_two_dimensions(x: Tensor, w: Tensor) -> Tensor:
+    return w * (x * torch.rsqrt(x.pow(2).mean((-2, -1), keepdim=True) + 1e-5))
+
+
+def third_power(x: Tensor, w: Tensor) -> Tensor:
+    return w * (x * torch.rsqrt(x.abs().pow(3).mean(-1, keepdim=True) + 1e-5))
+
+
+def mean_of_absolute_values(x: Tensor, w: Tensor) -> Tensor:
+    return w * (x * torch.rsqrt(x.abs().mean(-1, keepdim=True) + 1e-5))
+
+
+def root_multiplied(x: Tensor, w: Tensor) -> Tensor:
+    return w * (x * torch.sqrt(mean_square(x) + 1e-5))
+
+
+def unbiased_variance(x: Tensor, w: Tensor) -> Tensor:
+    return w * ((x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True) + 1e-5))
+
+
+LOOK_ALIKES = [
+    eps_outside_the_root,
+    part_of_the_hidden_size,
+    another_tensors_root,
+    over_tokens,
+    over_two_dimensions,
+    third_power,
+    mean_of_absolute_values,
+    root_multiplied,
+    unbiased_variance,
+]
+
+
+@pytest.mark.parametrize("look_alike", LOOK_ALIKES)
+def test_look_alikes_stay_as_they_are(look_alike: Callable[[Tensor, Tensor], Tensor]) -> None:
+    report = fused_within_contract(look_alike, tokens(torch.float32), torch.rand(HIDDEN))
+    assert not report.ops
+
+
+@pytest.mark.parametrize(
+    ("look_alike", "reason"),
+    [
+        (part_of_the_hidden_size, "expected the same tensor as the other 'x'"),
+        (over_tokens, "mean has dims = (1,), expected the last dimension"),
+        (over_two_dimensions, "mean has dims = (1, 2), expected the last dimension"),
+    ],
+)
+def test_a_norm_that_no_op_computes_is_reported_with_the_reason(look_alike: Callable[[Tensor, Tensor], Tensor], reason: str) -> None:
+    _, report = fused(look_alike, tokens(torch.float32), torch.rand(HIDDEN))
+    assert [(site.idiom, site.reason) for site in report.missed] == [("rms_norm", reason)]
+
+
+@pytest.mark.parametrize("weight_shape", [(5, 1), (5, HIDDEN), (2, 5, HIDDEN)])
+def test_what_scales_rows_is_no_weight(weight_shape: tuple[int, ...]) -> None:
+    def scaled(x: Tensor, w: Tensor) -> Tensor:
+        return llama(x, w, 1e-5)
+
+    report = fused_within_contract(scaled, tokens(torch.float32), torch.rand(weight_shape))
+    assert report.ops == {"rms_norm": 1}
+    assert report.launches_after == 2
+
+
+def test_integers_and_float64_are_normalised_as_the_model_does() -> None:
+    def of_integers(x: Tensor) -> Tensor:
+        return x.float() * torch.rsqrt(mean_square(x.float()) + 1e-5)
+
+    def in_float64(x: Tensor) -> Tensor:
+        return x.double() * torch.rsqrt(mean_square(x.double()) + 1e-5)
+
+    assert fused_within_contract(of_integers, torch.randint(1, 9, (2, 5, HIDDEN))).ops == {"rms_norm": 1}
+    x = tokens(torch.float32)
+    outputs, report = fused(in_float64, x)
+    assert report.ops == {"rms_norm": 1}
+    torch.testing.assert_close(outputs, in_float64(x), rtol=1e-14, atol=0)
