@@ -25,6 +25,7 @@ from .execute import Boxed, eager, execute, resolve_executor
 from .graph_breaks import break_reason
 from .record import GraphRecord
 from .reinplace import reinplace
+from .specialize import specialize_floats
 from .verify import compare
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class FusionBackend:
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         config = resolve(self.config, gm, example_inputs)
         real_inputs = torch_private.real_inputs(gm)
+        specialize_floats(gm)
         lifted = lift.lift(gm, example_inputs)
         made: list[GraphRecord] = []
 

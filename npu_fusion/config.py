@@ -37,6 +37,7 @@ class FusionConfig:
 
     Raises:
         ConfigError: an unknown target, rounding, executor or rule, or a value of the wrong type; the message lists what is known.
+        RuleError: two rules in force have one name.
     """
 
     target: str = "auto"
@@ -63,13 +64,17 @@ class FusionConfig:
         self._check_rule_names()
 
     def _check_rule_names(self) -> None:
-        from .rule import registered_rules
+        from .rule import GroupRule, Rule, check_names, registered_rules
 
+        for rule in self.extra_rules:
+            if not isinstance(rule, (Rule, GroupRule)):
+                raise ConfigError(f"option 'extra_rules' takes rules (npu_fusion.Rule, npu_fusion.GroupRule), not {rule!r}")
         known = [rule.name for rule in registered_rules()]
         for name in self.rules or ():
             _check_choice("rule", name, known)
         for name in self.disable:
             _check_choice("rule", name, [*known, *(rule.name for rule in self.extra_rules)])
+        check_names(self)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> FusionConfig:

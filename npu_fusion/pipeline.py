@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +20,15 @@ from .record import GraphRecord, Site
 from .rewrite import Applied, RewriteResult, output_nodes, rewrite
 from .rule import Rule, rules_of
 from .select import Candidate, Operation, select
-from .torch_private import lazy_graph_module
+from .torch_private import fake_mode_of, lazy_graph_module
 from .view import Value, View, build_view
+from .view.shapes import size_facts
 from .weights import merge_linears
+
+log = logging.getLogger(__name__)
+
+
+_NOT_CHEAPER = "recognised, but the fused op would launch no fewer kernels and move no fewer bytes than the model's own ops"
 
 
 def fuse_graph(gm: GraphModule, config: FusionConfig, record: GraphRecord, real_inputs: Sequence[Any] = ()) -> None:
@@ -34,13 +41,20 @@ def fuse_graph(gm: GraphModule, config: FusionConfig, record: GraphRecord, real_
         real_inputs: the tensors behind the placeholders, where they are known: weights among them may be merged (`record.weights` then
             supplies the graph's new inputs).
     """
+    mode = fake_mode_of(gm)
+    with size_facts(None if mode is None else mode.shape_env):
+        _fuse_graph(gm, config, record, real_inputs)
+
+
+def _fuse_graph(gm: GraphModule, config: FusionConfig, record: GraphRecord, real_inputs: Sequence[Any]) -> None:
     record.stages["aten"] = _snapshot(gm)
     if real_inputs and config.merge_weights:
         with _timed(record, "weights"):
             record.weights = merge_linears(gm, real_inputs)
     if record.weights is not None:
-        record.stages["merged"] = _snapshot(gm)
         record.notes.append(record.weights.note)
+        if config.verify:
+            record.stages["merged"] = _snapshot(gm)
     with _timed(record, "view"):
         view = build_view(gm.graph)
     with _timed(record, "match"):
@@ -159,7 +173,11 @@ def sites_of(view: View, found: MatchResult, result: RewriteResult, rules: Itera
     absorbed = frozenset[Value]().union(*(applied.match.visited for applied in result.applied))
     for rule in rules:
         if isinstance(rule, Rule) and rule.gist is not None:
-            sites += _missed(view, rule, found, result, absorbed, visited.get(rule.missed_idiom, set()))
+            try:
+                sites += list(_missed(view, rule, found, result, absorbed, visited.get(rule.missed_idiom, set())))
+            except Exception as error:  # a gist runs its author's predicates too
+                log.warning("the gist of rule %r raised; its misses are not reported", rule.name, exc_info=error)
+                found.errors.setdefault(rule.name, f"{type(error).__name__}: {error}")
     order = sorted(_unique(sites), key=lambda pair: pair[0].index)
     return [site for _, site in order]
 
@@ -176,7 +194,18 @@ def _unique(sites: list[tuple[Value, Site]]) -> Iterator[tuple[Value, Site]]:
 def _site(view: View, idiom: str, value: Value, applied: Applied) -> Site:
     node = _node_near(value)
     op = applied.match.call.op.name
-    return Site(idiom, True, op, None, None, source_of(node), module_of(node), node.name if node else None, applied.match.rule.name, applied.call.name)
+    return Site(
+        idiom,
+        True,
+        op,
+        None,
+        None,
+        source_of(node),
+        module_of(node),
+        node.name if node else None,
+        applied.match.rule.name,
+        applied.call.name,
+    )
 
 
 def _missed(
@@ -189,7 +218,8 @@ def _missed(
         covered: what fused ops of the rule's own idiom ran through.
     """
     failures = found.failures.get(rule.name, {})
-    skipped = {value: reason for match, reason in result.skipped.items() for value in match.visited if match.rule is rule}
+    skipped = {value: _NOT_CHEAPER for match in found.matches for value in match.visited if match.rule is rule}
+    skipped |= {value: reason for match, reason in result.skipped.items() for value in match.visited if match.rule is rule}
     for site, visited in find_gists(view, rule):
         if site in absorbed or visited & covered:
             continue
@@ -198,7 +228,12 @@ def _missed(
         reason = skipped.get(site) or (best.reason if best else "no value that the pattern could end at uses this one")
         node = _node_near(best.value if best and best.value is not None else site) or _node_near(site)
         origin = _node_near(site)
-        yield site, Site(rule.missed_idiom, False, None, None, reason, source_of(origin), module_of(origin), node.name if node else None, rule.name)
+        yield (
+            site,
+            Site(
+                rule.missed_idiom, False, None, None, reason, source_of(origin), module_of(origin), node.name if node else None, rule.name
+            ),
+        )
 
 
 def _node_near(value: Value) -> Node | None:

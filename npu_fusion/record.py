@@ -69,7 +69,7 @@ class GraphRecord:
     Attributes:
         config: the configuration in force, with `target` and `executor` resolved.
         sites: every site, fused or missed.
-        stages: the graph after a stage: `aten`, `merged` where weights were merged, `fused`, `lowered`.
+        stages: the graph after a stage: `aten`, `merged` (with merged weights, for `verify=True`), `fused`, `lowered`.
         notes: decisions that concern the whole graph, e.g. that a training graph was left unfused.
         rule_errors: rule name to the exception that made it skip a site.
         seconds: stage to the seconds spent in it.

@@ -362,6 +362,8 @@ def _real_values(match: Match) -> list[Value]:
     stack = list(form_inputs(match.call.args))
     while stack:
         value = stack.pop()
+        if value.op == "overwritten":
+            raise _Rejected("one of its inputs was written to in place")
         if value.node is not None:
             found.append(value)
         else:

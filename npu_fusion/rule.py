@@ -162,9 +162,7 @@ def in_order(rules: Sequence[AnyRule]) -> list[AnyRule]:
         raise RuleError(f"rules start from one another's semantic ops in a circle: {names}") from error
 
 
-def rule(
-    name: str, *, pattern: Pattern, produces: str, **options: Any
-) -> Callable[[Callable[[Match], Call]], Rule]:
+def rule(name: str, *, pattern: Pattern, produces: str, **options: Any) -> Callable[[Callable[[Match], Call]], Rule]:
     """Declare a rule by decorating its rewrite::
 
     @npu_fusion.rule("my_norm", pattern=..., produces="rms_norm", idioms={"rms_norm": "site"})
@@ -186,9 +184,16 @@ def register_rule(config: FusionConfig, *rules: AnyRule) -> FusionConfig:
 
 def rules_of(config: FusionConfig) -> list[AnyRule]:
     """The rules in force under a config, in the order in which they run."""
-    chosen = [r for r in registered_rules() if config.rules is None or r.name in config.rules]
-    chosen = [r for r in (*chosen, *config.extra_rules) if r.name not in config.disable]
-    names = [r.name for r in chosen]
+    return in_order(_in_force(config))
+
+
+def check_names(config: FusionConfig) -> None:
+    """Two rules of one name cannot both be in force."""
+    names = [r.name for r in _in_force(config)]
     if len(set(names)) != len(names):
         raise RuleError(f"two rules have the name {next(n for n in names if names.count(n) > 1)!r}; a user's rule needs a name of its own")
-    return in_order(chosen)
+
+
+def _in_force(config: FusionConfig) -> list[AnyRule]:
+    chosen = [r for r in registered_rules() if config.rules is None or r.name in config.rules]
+    return [r for r in (*chosen, *config.extra_rules) if r.name not in config.disable]

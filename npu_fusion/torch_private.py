@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import CodeType, FrameType
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import GraphModule, Node
 
@@ -153,7 +154,7 @@ def has_no_memory(value: torch.Tensor) -> bool:
 def storage_users(value: torch.Tensor) -> int:
     """How many tensors refer to the storage of `value`, itself included."""
     storage = value.untyped_storage()
-    return int(torch._C._storage_Use_Count(storage._cdata)) - 1  # type: ignore[attr-defined]  # `storage` is a user too
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1  # `storage` is a user too
 
 
 def is_torch_memory(value: torch.Tensor) -> bool:
@@ -240,6 +241,25 @@ def unbacked_float(mode: Any) -> Any:
     """A SymFloat of unknown value, for the metadata of a node that reads a number out of a tensor."""
     with mode.shape_env.ignore_fresh_unbacked_symbols():
         return mode.shape_env.create_unbacked_symfloat()
+
+
+def is_configuration(grapharg: Any) -> bool:
+    """Whether a graph argument of Dynamo comes from a module's attribute, a global or a closure rather than from the call's arguments."""
+    from torch._dynamo.source import ChainedSource, GlobalSource, LocalSource, UnspecializedNNModuleSource
+
+    source = getattr(grapharg, "source", None)
+    while source is not None:
+        if isinstance(source, (GlobalSource, UnspecializedNNModuleSource)):
+            return True
+        if isinstance(source, LocalSource):
+            return bool(source.is_derefed_cell_contents)
+        source = source.base if isinstance(source, ChainedSource) else None
+    return False
+
+
+def statically_true(shape_env: Any, condition: Any) -> bool:
+    """Whether a sympy condition on symbolic sizes follows from what the shape environment knows. Adds no guard and reads no hint."""
+    return shape_env._maybe_evaluate_static(condition) is sympy.true
 
 
 def is_composite(op: torch._ops.OpOverload) -> bool:

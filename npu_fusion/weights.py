@@ -177,7 +177,7 @@ def merge_linears(gm: GraphModule, real_inputs: Sequence[Any]) -> WeightMerger |
 
     Args:
         gm: graph whose nodes carry `meta["val"]`.
-        real_inputs: for each placeholder the tensor that will be passed, or None. Fake and meta parameters count as ones that can be merged.
+        real_inputs: for each placeholder the tensor that will be passed, or None. Fake and meta parameters count as ones to merge.
 
     Returns:
         what supplies the new inputs at each call, or None where there was nothing to merge.
@@ -210,7 +210,7 @@ def _can_merge(parameters: Sequence[Tensor]) -> bool:
 
 class _Emitter:
     def __init__(self, gm: GraphModule, last_input: Node | None) -> None:
-        self.graph = gm.graph
+        self.gm, self.graph = gm, gm.graph
         self.fake_mode = torch_private.fake_mode_of(gm)
         self.last_input = last_input
         self.inputs: list[tuple[int, ...]] = []
@@ -223,7 +223,7 @@ class _Emitter:
         self.graph.inserting_before(first.result)
         product = self._product(first, weight, bias)
         if first.result is not first.node:
-            lead = first.result.args[1][:-1]  # type: ignore[index]
+            lead: list[Any] = list(first.result.args[1])[:-1]  # type: ignore[arg-type]
             product = self._emit(aten.reshape.default, (product, [*lead, sum(linear.size for linear in group)]), first)
         start = 0
         for linear in group:
@@ -271,7 +271,7 @@ class _Emitter:
             if is_view and not moved.isdisjoint(node.all_input_nodes) and _has_static_sizes(node):
                 node.meta["val"] = self._run(node.target, node.args, node.kwargs)
                 moved.add(node)
-        self.graph.owning_module.recompile()
+        self.gm.recompile()
 
     def _run(self, target: OpOverload, args: Any, kwargs: Any) -> Any:
         args, kwargs = map_arg((args, kwargs), lambda node: node.meta["val"])

@@ -103,6 +103,8 @@ def _merged(g: Value, u: Value) -> tuple[Value | None, str]:
         return None, "halves"
     whole, size = g.args[0], g.shape[-1]
     along_last = all(part.attrs["dim"] == whole.ndim - 1 for part in (g, u))
+    if not isinstance(size, int):  # the op's own half of a symbolic size is not always provably the model's
+        return None, "halves"
     if not along_last or not known_equal(whole.shape[-1], 2 * size) or not known_equal(u.shape[-1], size):
         return None, "halves"
     starts = (g.attrs["start"], u.attrs["start"])

@@ -27,6 +27,7 @@ from npu_fusion.pattern import (
     opt_cast,
     opt_round,
     opt_upcast,
+    opt_view,
     prod,
     reshape,
     rsqrt,
@@ -249,12 +250,14 @@ activated = rounded(any_of(silu(opt_upcast(gate)), sigmoid(opt_upcast(gate))).as
 
 
 def check_gated_rms_norm(m: Match) -> Reject | None:
-    """The gate has the shape of x, and the norm is not gated yet."""
+    """The gate and what it multiplies have one shape, and the norm is not gated yet."""
     norm = m.form("norm")
+    shape = norm.args["x"].shape
     if norm.args.get("gate") is not None:
         return Reject("the norm has a gate already", m["norm"])
-    if not bits(m["gate"].dtype) or not _same_but_for_leading_ones(m["gate"], _normalised(m).shape):
-        return Reject("the gate has not the shape of what is normalised", m["gate"])
+    for operand in (m["gate"], *([m["x"]] if "gated" in m else [])):
+        if not bits(operand.dtype) or not _same_but_for_leading_ones(operand, shape):
+            return Reject("the gate and what it multiplies have not the shape of what is normalised", operand)
     if m.exact and "gated" not in m and bits(m["norm"].dtype) < bits(_scaling_dtype(norm)):
         return Reject("rounding='exact': the model rounds the norm before the gate, the fused op does not", m["norm"])
     return _check_early_rounding(m, "activation", "rounded_activation", "gated", "rounded_gated", "site")
@@ -373,7 +376,7 @@ ADD_RMS_NORM = Rule(
     rewrite=rewrite_add_rms_norm,
     produces="add_rms_norm",
     idioms={"residual_add": "sum"},
-    gist=sem("rms_norm", x=opt_cast(residual_sum.as_("site"))),
+    gist=sem("rms_norm", x=opt_cast(opt_view(residual_sum.as_("site"), "reshape"))),
 )
 
 # -------------------------------------------------------------------- l2 norm

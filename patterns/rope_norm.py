@@ -171,7 +171,7 @@ def rewrite_qkv_rotary(m: Match) -> Call:
     if rotated.op == "rotary":
         args.update(q_weight=None, k_weight=None, eps=0.0, norm=False)
     else:
-        args.update({name: rotated.args[name] for name in ("q_weight", "k_weight", *_NORM_ARGUMENTS) if name in rotated.args})
+        args.update({name: rotated.args[name] for name in ("q_weight", "k_weight", *_NORM_ARGUMENTS) if name in rotated.args}, norm=True)
     return Call(qkv_norm_rotary, args, [*rotated.match.outputs, v])
 
 

@@ -268,7 +268,7 @@ def test_values_before_and_after_a_mutation_are_not_confused() -> None:
         return before, a * b + c
 
     gm = check(fn, muladd_rule())
-    assert len(calls_of(gm, muladd)) == 2
+    assert len(calls_of(gm, muladd)) == 1, "what reads a tensor after it was written to stays as it is"
 
 
 def test_a_copy_that_is_written_to_is_not_merged_with_its_original() -> None:

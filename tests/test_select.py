@@ -206,7 +206,16 @@ def test_a_widely_shared_node_does_not_join_groups() -> None:
 
 @pytest.mark.parametrize(
     ("a", "b", "less"),
-    [("s", "2*s", True), ("s", "s", False), ("s", "t", False), ("s", "s*t", True), ("s*t", "s", False), ("s", "t*t", False), ("3", "s + 3", True), ("2*s", "s", False)],
+    [
+        ("s", "2*s", True),
+        ("s", "s", False),
+        ("s", "t", False),
+        ("s", "s*t", True),
+        ("s*t", "s", False),
+        ("s", "t*t", False),
+        ("3", "s + 3", True),
+        ("2*s", "s", False),
+    ],
 )
 def test_surely_less(a: str, b: str, less: bool) -> None:
     symbols = {name: sympy.Symbol(name, integer=True, nonnegative=True) for name in "st"}

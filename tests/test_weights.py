@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import npu_fusion
 from npu_fusion.backend import records_of
@@ -61,7 +62,7 @@ class Model(nn.Module):
         return x + self.mlp(x)
 
 
-def frozen(module: nn.Module) -> nn.Module:
+def frozen(module: nn.Module) -> Any:
     return module.eval().requires_grad_(False)
 
 
@@ -72,7 +73,7 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 class Compiled:
     """A model, compiled; each call is compared with the model run eagerly on copies of its parameters as they are then."""
 
-    def __init__(self, model: nn.Module, **options: Any) -> None:
+    def __init__(self, model: Any, **options: Any) -> None:
         self.model = model
         dynamic = options.pop("dynamic", False)
         self.run = torch.compile(model, backend="npu_fusion", dynamic=dynamic, options=options)
@@ -80,9 +81,10 @@ class Compiled:
     def check(self, x: Tensor | None = None) -> None:
         x = inputs(dtype=next(self.model.parameters()).dtype) if x is None else x
         with torch.no_grad():
-            result, expected = self.run(x), copy.deepcopy(self.model)(x)
-        assert result.dtype is expected.dtype
-        assert relative_error(result, expected) < error_bound(x.dtype)
+            results, expected = self.run(x), copy.deepcopy(self.model)(x)
+        for actual, wanted in zip(tree_leaves(results), tree_leaves(expected), strict=True):
+            assert actual.dtype is wanted.dtype
+            assert relative_error(actual, wanted) < error_bound(x.dtype)
 
     @property
     def records(self) -> list[GraphRecord]:

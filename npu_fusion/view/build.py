@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import torch_private
+from ..torch_private import is_wrapper_subclass
 from .canon import Canon
 from .shapes import to_dim, to_shape
 from .value import Dim, Shape, Value, ValueTable
@@ -257,7 +257,7 @@ def _storages(node: Node) -> list[int]:
     """Identities of the memory behind a node's tensors."""
     val = node.meta.get("val")
     tensors = [item for item in (val if isinstance(val, (list, tuple)) else [val]) if isinstance(item, torch.Tensor)]
-    return [t.untyped_storage()._cdata for t in tensors if t.layout is torch.strided and not is_traceable_wrapper_subclass(t)]
+    return [t.untyped_storage()._cdata for t in tensors if t.layout is torch.strided and not is_wrapper_subclass(t)]
 
 
 def _is_effectful(target: Any) -> bool:
@@ -278,7 +278,7 @@ def _bind_arguments(node: Node, schema: Any) -> list[Any]:
 def meta_of(node: Node) -> tuple[Shape, torch.dtype | None]:
     """Shape and dtype of a tensor-valued node; empty and None for everything else."""
     val = node.meta.get("val")
-    if isinstance(val, torch.Tensor) and not is_traceable_wrapper_subclass(val):
+    if isinstance(val, torch.Tensor) and not is_wrapper_subclass(val):
         return to_shape(val.shape), val.dtype
     return (), None
 

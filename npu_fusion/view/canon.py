@@ -88,10 +88,32 @@ class Canon:
     def _is_squeezed_reduction(self, x: Value) -> bool:
         return x.op == "reshape" and x.args[0] in self._reduced
 
-    # A batch folded for a product is unfolded behind it, and behind the arithmetic that follows (see `matmul`).
+    # A batch that is folded, or split into groups, around a product keeps the product's shape: the reshape moves behind what follows.
 
-    def _is_folded_product(self, x: Value) -> bool:
-        return x.op == "reshape" and x.args[0] in self._products and x.ndim == 3 and _folds_batch(x, x.args[0])
+    def _ungrouped(self, operands: Sequence[Value], shape: Shape) -> list[Value] | None:
+        """The operands as the product among them has its leading dimensions; None if there is none, or one cannot be brought to them."""
+        regrouped = [x for x in operands if x.op == "reshape" and x.args[0] in self._products and same_shape(x.shape, shape)]
+        if not regrouped or not same_shape(regrouped[0].shape[-2:], regrouped[0].args[0].shape[-2:]):
+            return None
+        lead = regrouped[0].args[0].shape[:-2]
+        apart: list[Value] = []
+        for x in operands:
+            x = self.bare(x, regrouped[0], shape)
+            if x.ndim > 2 and all(d == 1 for d in x.shape[:-2]):
+                x = self.reshape(x, x.shape[-2:])
+            if x.ndim > 2 and not same_shape(x.shape[:-2], shape[:-2]):
+                return None
+            apart.append(x if x.ndim <= 2 else self.reshape(x, (*lead, *x.shape[-2:])))
+        return apart
+
+    def where(self, test: Value, x: Value, y: Value, shape: Shape, dtype: torch.dtype | None) -> Value:
+        apart = self._ungrouped((test, x, y), shape)
+        if apart is None:
+            return self.table.intern("where", (test, x, y), {}, shape, dtype)
+        test, x, y = apart
+        result = self.table.intern("where", (test, x, y), {}, broadcast(test.shape, broadcast(x.shape, y.shape)), dtype)
+        self._products.add(result)
+        return self.reshape(result, shape)
 
     def _mark_reduced(self, result: Value, operand: Value | None = None) -> Value:
         if operand is None or operand in self._reduced:
@@ -124,12 +146,11 @@ class Canon:
                 kept = x.args[0]
                 pair = (kept, y) if x is a else (y, kept)
                 return self.reshape(self._mark_reduced(self.binary(op, *pair, kept.shape)), shape)
-            if self._is_folded_product(x) and same_shape(x.shape, shape):
-                whole = x.args[0]
-                other = y if y.ndim < 3 or known_equal(y.shape[0], 1) else self.reshape(y, (*whole.shape[:-2], *y.shape[1:]))
-                result = self.binary(op, *((whole, other) if x is a else (other, whole)), whole.shape)
-                self._products.add(result)
-                return self.reshape(result, shape)
+        apart = self._ungrouped((a, b), shape)
+        if apart is not None:
+            result = self.binary(op, *apart, broadcast(apart[0].shape, apart[1].shape))
+            self._products.add(result)
+            return self.reshape(result, shape)
         a = self.bare(a, b, shape)
         b = self.bare(b, a, shape)
         result: Value = getattr(self, f"_{op}")(a, b, shape)
@@ -276,9 +297,12 @@ class Canon:
         dim = normal_dim(dim, x.ndim)
         if x.op == "sub" and x.args[1].op == "amax" and x.args[1].args[0] is x.args[0] and x.args[1].attrs["dims"] == (dim,):
             x = x.args[0]  # a softmax does not see what all its inputs have in common
-        lead = _folded_lead(x)
+        inner = x
+        while inner.op == "cast":
+            inner = inner.args[0]
+        lead = inner.args[0].shape[:-2] if self._ungrouped((inner,), x.shape) is not None else _folded_lead(x)
         if lead is not None and dim == x.ndim - 1:
-            return self.reshape(self.softmax(self.reshape(x, (*lead, *x.shape[1:])), -1), x.shape)
+            return self.reshape(self.softmax(self.reshape(x, (*lead, *x.shape[-2:])), -1), x.shape)
         return self.table.intern("softmax", (x,), {"dim": normal_dim(dim, x.ndim)}, x.shape, x.dtype)
 
     # ---------------------------------------------------------------- views
@@ -286,14 +310,28 @@ class Canon:
     def reshape(self, x: Value, shape: Shape) -> Value:
         while x.op == "reshape" or (x.op == "permute" and _moves_only_ones(x)):
             x = x.args[0]
+        x = self._permuted_without_ones(x)
         if same_shape(x.shape, shape):
             return x
         if x.op == "cast":
             return self.cast(self.reshape(x.args[0], shape), x.attrs["dtype"])
+        if x.op == "permute" and len(shape) > 3 and x.ndim > 3 and _swaps_last(x) and same_shape(x.shape[-2:], shape[-2:]):
+            unswapped = self.reshape(x.args[0], (*shape[:-2], shape[-1], shape[-2]))
+            return self.permute(unswapped, (*range(len(shape) - 2), len(shape) - 1, len(shape) - 2))
         simpler = self._slice_of_split(x, shape) or self._interleaved(x, shape)
         if simpler is not None:
             return simpler
         return self.table.intern("reshape", (x,), {"shape": shape}, shape, x.dtype)
+
+    def _permuted_without_ones(self, x: Value) -> Value:
+        """A permutation of a value to which unit dimensions were added (einsum does that), before a reshape: of the value as it was."""
+        if x.op != "permute" or x.args[0].op != "reshape":
+            return x
+        added, inner = x.args[0], x.args[0].args[0]
+        places = [d for d, size in enumerate(added.shape) if size != 1]
+        if any(size == 1 for size in inner.shape) or not same_shape(tuple(added.shape[d] for d in places), inner.shape):
+            return x
+        return self.permute(inner, [places.index(d) for d in x.attrs["dims"] if d in places])
 
     def _slice_of_split(self, x: Value, shape: Shape) -> Value | None:
         """Splitting a dimension into (A, B), taking one index of A or B and dropping it, is a slice of the whole dimension."""
@@ -366,6 +404,10 @@ class Canon:
         if x.op == "slice" and x.attrs["dim"] == dim and x.attrs["step"] == 1 and step == 1:
             offset = x.attrs["start"]
             return self.slice(x.args[0], dim, offset + start, offset + stop, 1)
+        if x.op == "reshape" and dim == x.ndim - 2 and x.args[0].ndim == x.ndim - 1 and step == 1:
+            whole, size = x.args[0], x.shape[-1]
+            if _merges(x.shape, whole.shape, dim):  # some of the heads: cut before they are told apart
+                return self.reshape(self.slice(whole, dim, start * size, stop * size), (*x.shape[:-2], _plain(stop - start), size))
         if x.op == "cat" and x.attrs["dim"] == dim and step == 1:
             inner = self._slice_of_cat(x, dim, start, stop)
             if inner is not None:
@@ -493,6 +535,10 @@ def _moves_only_ones(permuted: Value) -> bool:
     """Whether the dimensions that are not 1 keep their order, so that the permutation is a reshape."""
     order = [d for d in permuted.attrs["dims"] if permuted.args[0].shape[d] != 1]
     return order == sorted(order)
+
+
+def _swaps_last(permuted: Value) -> bool:
+    return bool(permuted.attrs["dims"] == (*range(permuted.ndim - 2), permuted.ndim - 1, permuted.ndim - 2))
 
 
 def _merges(split: Shape, whole: Shape, dim: int) -> bool:

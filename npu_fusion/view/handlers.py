@@ -83,13 +83,13 @@ def _compare(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
 @handles("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
 def _where(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     shape, dtype = meta_of(node)
-    return b.table.intern("where", (b.operand(args[0]), _branch(b, args[1], node), _branch(b, args[2], node)), {}, shape, dtype)
+    return b.canon.where(b.operand(args[0]), _branch(b, args[1], node), _branch(b, args[2], node), shape, dtype)
 
 
 @handles("masked_fill")
 def _masked_fill(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     shape, dtype = meta_of(node)
-    return b.table.intern("where", (b.operand(args[1]), _branch(b, args[2], node), b.operand(args[0])), {}, shape, dtype)
+    return b.canon.where(b.operand(args[1]), _branch(b, args[2], node), b.operand(args[0]), shape, dtype)
 
 
 def _branch(b: ViewBuilder, argument: Any, node: Node) -> Value:
@@ -205,6 +205,33 @@ def _max_dim(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     dim = normal_dim(args[1], x.ndim)
     indices = b.table.intern(f"arg{name}", (x,), {"dim": dim, "keepdim": bool(args[2])}, values.shape, torch.int64)
     return b.table.unique("split", (x,), {"parts": (values, indices)}, (), None)
+
+
+@handles("var.correction", "var_mean.correction")
+def _variance(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
+    """The biased variance is the mean of the squared distances from the mean."""
+    name = node.target._opname  # type: ignore[union-attr]
+    if args[2] is None or args[2] != 0:
+        return None
+    out = node.meta["val"][0] if name == "var_mean" else node.meta["val"]
+    x, dims, keepdim = b.cast_operand(args[0], out.dtype), args[1], bool(args[3])
+    centre = b.canon.reduce("mean", x, dims, keepdim=True)
+    distances = b.canon.unary("square", b.canon.binary("sub", x, centre, x.shape))
+    variance = b.canon.reduce("mean", distances, dims, keepdim)
+    if name == "var":
+        return variance
+    parts = (variance, b.canon.reduce("mean", x, dims, keepdim))
+    return b.table.unique("var_mean", (x,), {"parts": parts}, (), None)
+
+
+@handles("glu")
+def _glu(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
+    """F.glu: the first half times the sigmoid of the second."""
+    x = b.operand(args[0])
+    dim = normal_dim(args[1], x.ndim)
+    half = meta_of(node)[0][dim]
+    value, gate = b.canon.slice(x, dim, 0, half), b.canon.slice(x, dim, half, None)
+    return b.canon.binary("mul", value, b.canon.unary("sigmoid", gate), meta_of(node)[0])
 
 
 @handles("linalg_vector_norm", "norm.ScalarOpt_dim", "norm.ScalarOpt_dim_dtype")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
 
+from ..torch_private import statically_true
 from .value import Dim, Shape
 
 
@@ -31,7 +35,7 @@ def known_equal(a: Any, b: Any) -> bool:
         return True
     if (type(a) is int and isinstance(b, sympy.Symbol)) or (type(b) is int and isinstance(a, sympy.Symbol)):
         return False
-    return bool(sympy.expand(a - b) == 0)
+    return bool(sympy.expand(a - b) == 0) or _follows(sympy.Eq(a, b))
 
 
 def known_ge(a: Any, b: Any) -> bool:
@@ -41,7 +45,35 @@ def known_ge(a: Any, b: Any) -> bool:
     difference = sympy.expand(a - b)
     if difference.is_number:
         return bool(difference >= 0)
-    return all(coefficient >= 0 for coefficient in _coefficients(difference))
+    return all(coefficient >= 0 for coefficient in _coefficients(difference)) or _follows(sympy.Ge(a, b))
+
+
+@dataclass
+class _Facts:
+    shape_env: Any
+    known: dict[Any, bool] = field(default_factory=dict)
+
+
+_FACTS: ContextVar[_Facts | None] = ContextVar("npu_fusion_size_facts", default=None)
+
+
+@contextmanager
+def size_facts(shape_env: Any) -> Iterator[None]:
+    """Let what the graph's shape environment knows (its guards: `chunk` into equal halves means an even size) count as known in the block."""
+    token = _FACTS.set(None if shape_env is None else _Facts(shape_env))
+    try:
+        yield
+    finally:
+        _FACTS.reset(token)
+
+
+def _follows(condition: Any) -> bool:
+    facts = _FACTS.get()
+    if facts is None or condition in (True, False):
+        return bool(condition is True or condition == sympy.true)
+    if condition not in facts.known:
+        facts.known[condition] = statically_true(facts.shape_env, condition)
+    return facts.known[condition]
 
 
 def _coefficients(expr: sympy.Expr) -> Iterable[sympy.Expr]:

@@ -23,7 +23,7 @@ def new_gelu(x: Tensor) -> Tensor:
 
 
 def new_gelu_of_pi(x: Tensor) -> Tensor:
-    """As transformers writes it: dynamic=True takes `math.pi` for a number that may change."""
+    """As transformers writes it: with dynamic=True Dynamo takes `math.pi` for a number that may change."""
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
@@ -43,6 +43,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "gelu by erf, halved last": (lambda x: (x * (1.0 + torch.erf(x * 0.7071067811865476))) * 0.5, "gelu"),
     "gelu tanh": (lambda x: F.gelu(x, approximate="tanh"), "gelu_tanh"),
     "new gelu": (new_gelu, "gelu_tanh"),
+    "new gelu of pi": (new_gelu_of_pi, "gelu_tanh"),
     "fast gelu": (fast_gelu, "gelu_tanh"),
     "sigmoid": (torch.sigmoid, "sigmoid"),
     "tanh": (torch.tanh, "tanh"),
@@ -56,13 +57,13 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 class Unit(nn.Module):
     """A gated unit on two projections of its input, or on one merged one."""
 
-    def __init__(self, unit: Callable[..., Tensor], merged: bool = False, bias: bool = False) -> None:
+    def __init__(self, unit: Callable[..., Any], merged: bool = False, bias: bool = False) -> None:
         super().__init__()
         self.unit = unit
         sizes = [2 * INNER] if merged else [INNER, INNER]
         self.projections = nn.ModuleList(nn.Linear(HIDDEN, size, bias=bias) for size in sizes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.unit(*(projection(x) for projection in self.projections))
 
 
@@ -100,7 +101,7 @@ def make(module: nn.Module, dtype: torch.dtype, shape: tuple[int, ...] = (2, 5, 
     return module.to(dtype), torch.randn(shape, dtype=dtype)
 
 
-def call_of(report: FusionReport) -> torch.fx.Node:
+def call_of(report: FusionReport) -> Any:
     """The one glu call of the only graph."""
     calls = [node for node in report.graph("fused").graph.nodes if node.target is torch.ops.npu_fusion.glu.default]
     assert len(calls) == 1
@@ -154,7 +155,7 @@ def test_every_rank(shape: tuple[int, ...]) -> None:
     assert report.idioms["glu"] == 1
 
 
-def split_halves(x: Tensor) -> tuple[Tensor, ...]:
+def split_halves(x: Tensor) -> Any:
     return x.split([INNER, INNER], dim=-1)
 
 
@@ -176,7 +177,7 @@ MERGED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 def test_one_merged_projection(name: str, dynamic: bool) -> None:
     split, layout = MERGED[name]
 
-    def unit(merged: Tensor) -> Tensor:
+    def unit(merged: Tensor) -> Any:
         gate, up = split(merged)
         return F.silu(gate) * up
 
@@ -356,11 +357,13 @@ def test_activation_without_a_fused_op_is_named(activation: Callable[[Tensor], T
     assert activation.__name__ in str(miss.reason)
 
 
-def test_gelu_with_a_symbolic_constant() -> None:
-    module, x = make(Unit(lambda gate, up: new_gelu_of_pi(gate) * up), torch.float32)
-    report = fused_within_contract(module, x)
+def test_gelu_with_a_constant_that_the_caller_passes() -> None:
+    def unit(gate: Tensor, up: Tensor, root: float) -> Tensor:
+        return 0.5 * gate * (1.0 + torch.tanh(root * (gate + 0.044715 * gate**3))) * up
+
+    report = fused_within_contract(unit, *pair(2, 5, 8), 0.7978845608)
     assert call_of(report).kwargs["activation"] == "gelu_tanh"
-    report = fused_within_contract(module, x, dynamic=True)
+    report = fused_within_contract(unit, *pair(2, 5, 8), 0.7978845608, dynamic=True)
     assert not report.idioms["glu"]
     [miss] = report.missed
     assert "not known at compile time" in str(miss.reason)

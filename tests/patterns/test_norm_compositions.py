@@ -162,6 +162,18 @@ def test_addition_that_broadcasts_is_no_residual() -> None:
     assert not report.missed
 
 
+def test_sum_that_is_normalised_in_another_shape_is_reported() -> None:
+    """Hyper-connections: the norm runs over all streams, the sum goes on stream by stream."""
+
+    def streams(x: Tensor, residual: Tensor, w: Tensor) -> Any:
+        total = x + residual
+        return rms_norm(total.flatten(2), w), total
+
+    report = fused_within_contract(streams, *(tokens(torch.float32, 2, 5, 4, HIDDEN // 4) for _ in range(2)), weight(torch.float32))
+    assert report.ops == {"rms_norm": 1}
+    assert [(site.idiom, site.reason) for site in report.missed] == [("residual_add", "expected add, found reshape")]
+
+
 @pytest.mark.parametrize("rank", [3, 2])
 def test_one_row(rank: int) -> None:
     """The view strips leading unit dimensions of operands: the fused op gets them back."""
@@ -241,7 +253,11 @@ def gate_a_token(x: Tensor, gate: Tensor, w: Tensor) -> Tensor:
     return rms_norm(x, w) * torch.sigmoid(gate[..., :1])
 
 
-@pytest.mark.parametrize("look_alike", [tanh_gate, ungated_product, gate_a_token])
+def one_channel_gated(x: Tensor, gate: Tensor, w: Tensor) -> Tensor:
+    return rms_norm(x[..., :1] * F.silu(gate), w)
+
+
+@pytest.mark.parametrize("look_alike", [tanh_gate, ungated_product, gate_a_token, one_channel_gated])
 def test_other_products_are_no_gates(look_alike: Block) -> None:
     report = fused_within_contract(look_alike, tokens(torch.float32), tokens(torch.float32), weight(torch.float32))
     assert (report.idioms["rms_norm"], report.idioms["gated_rms_norm"]) == (1, 0)
@@ -281,6 +297,21 @@ def test_l2_norm(form: Callable[[Tensor], Tensor], dtype: torch.dtype, dynamic: 
     report = fused_within_contract(form, tokens(dtype), dynamic=dynamic)
     assert (report.idioms, report.ops) == ({"l2_norm": 1}, {"l2_norm": 1})
     assert report.launches_after == 1
+
+
+class L2Norm(nn.Module):
+    def __init__(self, eps: float, scale: float) -> None:
+        super().__init__()
+        self.eps, self.scale = eps, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + self.eps) * self.scale
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_eps_and_scale_of_an_l2_norm_are_the_models(dynamic: bool) -> None:
+    for eps, scale in ((1e-6, 3.0), (0.5, 0.25)):
+        assert fused_within_contract(L2Norm(eps, scale), tokens(torch.float32), dynamic=dynamic).ops == {"l2_norm": 1}
 
 
 def test_sum_and_mean_are_not_confused() -> None:
