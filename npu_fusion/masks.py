@@ -28,7 +28,7 @@ LOWEST_BIAS = -1e9
 
 @dataclass(frozen=True)
 class Structure:
-    """Key j is visible to query i if `j <= i + causal_offset` (where `is_causal`) and `j > i + causal_offset - window` (where window > 0)."""
+    """Key j is visible to query i if `j <= i + causal_offset` (if `is_causal`) and `j > i + causal_offset - window` (if window > 0)."""
 
     is_causal: bool = False
     causal_offset: Dim = 0
@@ -349,7 +349,7 @@ def _at_least(a: Any, b: Any) -> bool:
     for term in sympy.Add.make_args(sympy.expand(a - b)):
         coefficient, rest = term.as_coeff_Mul()
         factors = sympy.Mul.make_args(rest)
-        if coefficient < 0 and rest != 1 or not all(factor.is_nonnegative for factor in factors):
+        if (coefficient < 0 and rest != 1) or not all(factor.is_nonnegative for factor in factors):
             return False
         if all(factor.is_positive for factor in factors):  # of an integer: at least one
             least += coefficient

@@ -127,7 +127,7 @@ def _check_numbers(m: Match) -> Reject | None:
 
 def _other_user(m: Match) -> Value | None:
     """A user of the probabilities other than a product with values. Two products with different values are two calls of the fused op."""
-    pending = [m["softmax"]]
+    pending: list[Value] = [m["softmax"]]
     while pending:
         value = pending.pop()
         if any(user.op == "output" for node in m.view.nodes.get(value, ()) for user in node.users):
@@ -231,7 +231,7 @@ def _factors(m: Match) -> Iterator[Literal]:
 
 def _sinks(m: Match) -> Value | None:
     """The [N] behind a column [B, N, Sq, 1] that is the same for every query."""
-    column = m["sinks"]
+    column: Value = m["sinks"]
     while column.op == "expand":
         column = column.args[0]
     heads = column.args[0] if column.op == "reshape" else column
@@ -306,6 +306,7 @@ def rewrite_eager(m: Match) -> Call:
 
 def _tempered(m: Match, query: Value) -> Value:
     """The query times a scale that is a tensor (one number, or one a head or a query), in place of the logits."""
+    assert query.dtype is not None
     for name, operation in (("factor", "mul"), ("divisor", "div")):
         if name in m:
             factor = m[name] if m[name].ndim == 0 else m.view.canon.cast(m[name], query.dtype)

@@ -67,7 +67,9 @@ BOOLEAN: dict[str, Callable[[], Tensor]] = {
     "int32": lambda: columns().int() <= rows().int(),
     "four dimensions, expanded": lambda: (columns() <= rows())[None, None].expand(2, 1, Q, K),
     "transposed": lambda: (torch.arange(K)[:, None] <= torch.arange(Q)[None, :]).transpose(0, 1),
-    "gathered positions": lambda: columns() <= torch.arange(Q)[None, :].expand(2, Q)[torch.zeros(1, dtype=torch.long), torch.arange(Q)][:, None],
+    "gathered positions": lambda: (
+        columns() <= torch.arange(Q)[None, :].expand(2, Q)[torch.zeros(1, dtype=torch.long), torch.arange(Q)][:, None]
+    ),
     "tril": lambda: torch.ones(Q, K, dtype=torch.bool).tril(),
     "tril, diagonal": lambda: torch.ones(Q, K, dtype=torch.bool).tril(diagonal=4),
     "not triu": lambda: ~torch.ones(Q, K, dtype=torch.bool).triu(1),
@@ -169,7 +171,8 @@ def test_symbolic_lengths() -> None:
     value = value_of(prefill, torch.zeros(Q), torch.zeros(K), symbolic=True)
     queries, keys = value.shape
     structure = structure_of(value, queries, keys)
-    assert structure is not None and structure.is_causal
+    assert structure is not None
+    assert structure.is_causal
     assert structure.causal_offset == keys - queries
 
 
@@ -195,6 +198,7 @@ def test_the_boolean_inside_a_mask_of_minus_infinity() -> None:
 
     visible = torch.ones(Q, K, dtype=torch.bool)
     found = boolean_of(value_of(lambda v: mask(v, -math.inf), visible))
-    assert found is not None and found.dtype is torch.bool
+    assert found is not None
+    assert found.dtype is torch.bool
     assert boolean_of(value_of(lambda v: mask(v, LOWEST), visible)) is None
     assert boolean_of(value_of(lambda v: torch.where(v, -math.inf, 0.0), visible)) is None

@@ -207,23 +207,6 @@ def _max_dim(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     return b.table.unique("split", (x,), {"parts": (values, indices)}, (), None)
 
 
-@handles("var.correction", "var_mean.correction")
-def _variance(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
-    """The biased variance is the mean of the squared distances from the mean."""
-    name = node.target._opname  # type: ignore[union-attr]
-    if args[2] is None or args[2] != 0:
-        return None
-    out = node.meta["val"][0] if name == "var_mean" else node.meta["val"]
-    x, dims, keepdim = b.cast_operand(args[0], out.dtype), args[1], bool(args[3])
-    centre = b.canon.reduce("mean", x, dims, keepdim=True)
-    distances = b.canon.unary("square", b.canon.binary("sub", x, centre, x.shape))
-    variance = b.canon.reduce("mean", distances, dims, keepdim)
-    if name == "var":
-        return variance
-    parts = (variance, b.canon.reduce("mean", x, dims, keepdim))
-    return b.table.unique("var_mean", (x,), {"parts": parts}, (), None)
-
-
 @handles("glu")
 def _glu(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     """F.glu: the first half times the sigmoid of the second."""
@@ -349,7 +332,7 @@ def _expand(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
 
 @handles("repeat")
 def _repeat(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
-    """Each repeated dimension s becomes (r, s): a new dimension, expanded and folded into it. Tiles of the last dimension stay as they are."""
+    """Each repeated dimension s becomes (r, s): a new one, expanded and folded into it. Tiles of the last dimension stay as they are."""
     x = b.operand(args[0])
     times = [b.dim(count) for count in args[1]]
     sizes = (1,) * (len(times) - x.ndim) + x.shape

@@ -82,20 +82,24 @@ class Materializer:
             return self._call(aten.gelu.default, args[0], approximate=attrs["approximate"])
         if op == "matmul":
             return self._call(aten.matmul.default, *args)
-        if op == "where":
-            like = args[0].meta["val"]
-            sides = [x if isinstance(x, Node) else self._call(aten.scalar_tensor.default, x, dtype=value.dtype, device=like.device) for x in args[1:]]
-            return self._call(aten.where.self, args[0], *sides)
-        if op == "maximum":
-            sides = [x if isinstance(x, Node) else self._call(aten.scalar_tensor.default, x, dtype=value.dtype) for x in args]
-            return self._call(aten.maximum.default, *sides)
-        if op in ("and", "or", "not"):
-            return self._call(getattr(aten, f"logical_{op}").default, *args)
+        if op in ("where", "maximum", "and", "or", "not"):
+            return self._choice(value, args)
         if op in _UNARY:
             return self._call(_UNARY[op], args[0])
         if op in _BINARY:
             return self._binary(op, args)
         raise NpuFusionError(f"a rule names a value that the graph does not compute and that cannot be emitted: {value!r}")
+
+    def _choice(self, value: Value, args: list[Any]) -> Node:
+        """Masks: `where`, `maximum` and logic, none of which takes Python numbers on every side."""
+        if value.op in ("and", "or", "not"):
+            return self._call(getattr(aten, f"logical_{value.op}").default, *args)
+        like = next(arg for arg in args if isinstance(arg, Node)).meta["val"]
+        tensors = [
+            arg if isinstance(arg, Node) else self._call(aten.scalar_tensor.default, arg, dtype=value.dtype, device=like.device)
+            for arg in args
+        ]
+        return self._call(aten.where.self if value.op == "where" else aten.maximum.default, *tensors)
 
     def _binary(self, op: str, args: list[Any]) -> Node:
         if not isinstance(args[0], Node) and op in ("add", "mul"):

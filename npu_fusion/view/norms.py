@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from .build import ViewBuilder, handles, meta_of
 from .handlers import only_first_result
+from .shapes import to_shape
 from .value import Value
 
 
@@ -22,6 +23,19 @@ def _variance(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     if node.target._opname == "std":  # type: ignore[union-attr]
         result = b.canon.unary("sqrt", result)
     return b.canon.reshape(result, shape)
+
+
+@handles("var_mean.correction", "var_mean.dim")
+def _variance_and_mean(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
+    if args[2] is None or args[2] != 0:
+        return None
+    variance, mean = node.meta["val"]
+    x = b.cast_operand(args[0], variance.dtype)
+    parts = (
+        b.canon.reshape(_mean_square(b, _centred(b, x, args[1]), args[1]), to_shape(variance.shape)),
+        b.canon.reshape(b.canon.reduce("mean", x, args[1], keepdim=True), to_shape(mean.shape)),
+    )
+    return b.table.unique("split", (x,), {"parts": parts}, (), None)
 
 
 def _mean_square(b: ViewBuilder, x: Value, dims: Any) -> Value:

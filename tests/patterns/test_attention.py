@@ -50,7 +50,8 @@ def calls_of(report: FusionReport) -> list[Node]:
 
 def assert_fused(report: FusionReport, count: int = 1, **arguments: Any) -> list[Node]:
     """`count` calls, nothing missed, each with these arguments; None stands for an argument left at its default."""
-    assert report.idioms["attention"] == count and not [site for site in report.missed if site.idiom == "attention"], str(report)
+    assert report.idioms["attention"] == count, str(report)
+    assert not [site for site in report.missed if site.idiom == "attention"], str(report)
     calls = calls_of(report)
     assert len(calls) == count
     for call in calls:
@@ -379,7 +380,8 @@ def test_zeros_for_queries_without_a_key() -> None:
     hidden[0] = hidden[2, 1:] = True
     outputs, report = fused(fn, *heads(torch.float32), hidden)
     assert_fused(report)
-    assert torch.equal(outputs[:, :, 0], torch.zeros_like(outputs[:, :, 0])) and not outputs.isnan().any()
+    assert torch.equal(outputs[:, :, 0], torch.zeros_like(outputs[:, :, 0]))
+    assert not outputs.isnan().any()
 
 
 @pytest.mark.parametrize("kv", [TOKENS, 12])
@@ -415,7 +417,8 @@ class Decode(nn.Module):
 def test_growing_cache(tokens: int, dynamic: bool) -> None:
     inputs = (*heads(torch.float32, tokens=tokens, kv=tokens), *heads(torch.float32, kv=7)[1:])
     (call,) = assert_fused(fused_within_contract(Decode(), *inputs, dynamic=dynamic))
-    assert call.kwargs.get("mask") is None and bool(call.kwargs.get("is_causal")) == (tokens > 1)
+    assert call.kwargs.get("mask") is None
+    assert bool(call.kwargs.get("is_causal")) == (tokens > 1)
 
 
 # -------------------------------------------------------------------- softcap and sinks
@@ -482,7 +485,10 @@ def test_sdpa(arguments: dict[str, Any], dtype: torch.dtype, dynamic: bool) -> N
 def test_sdpa_masks(fill: float | None) -> None:
     visible = torch.ones(BATCH, 1, TOKENS, TOKENS, dtype=torch.bool).tril()
     mask = visible if fill is None else torch.where(visible, 0.0, fill)
-    (call,) = assert_fused(fused_within_contract(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m, enable_gqa=True), *heads(torch.float32), mask))
+    report = fused_within_contract(
+        lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, m, enable_gqa=True), *heads(torch.float32), mask
+    )
+    (call,) = assert_fused(report)
     assert call.kwargs["mask"].meta["val"].dtype == mask.dtype
 
 
@@ -518,7 +524,8 @@ def test_multi_head_latent_attention() -> None:
 
 def test_softmax_over_the_queries() -> None:
     report = fused_within_contract(lambda q, k, v: (q @ repeat_kv(k).mT).softmax(-2) @ repeat_kv(v), *heads(torch.float32))
-    assert not calls_of(report) and not [site for site in report.missed if site.idiom == "attention"]
+    assert not calls_of(report)
+    assert not [site for site in report.missed if site.idiom == "attention"]
 
 
 def test_probabilities_that_are_returned() -> None:
@@ -571,9 +578,8 @@ def test_a_scale_for_every_key_is_none() -> None:
 
 
 def test_scale_before_and_after() -> None:
-    assert_fused(
-        fused_within_contract(lambda q, k, v: ((q * 0.5) @ repeat_kv(k).mT * 0.25).softmax(-1) @ repeat_kv(v), *heads(torch.float32)), scale=0.125
-    )
+    report = fused_within_contract(lambda q, k, v: ((q * 0.5) @ repeat_kv(k).mT * 0.25).softmax(-1) @ repeat_kv(v), *heads(torch.float32))
+    assert_fused(report, scale=0.125)
 
 
 def test_a_negative_scale_after_the_mask() -> None:
@@ -586,7 +592,9 @@ def test_a_negative_scale_after_the_mask() -> None:
 def test_exact_rounding() -> None:
     assert_missed(fused_within_contract(after, *heads(torch.bfloat16), config=EXACT), "rounding='exact'")
     assert_fused(fused_within_contract(after, *heads(torch.float32), config=EXACT))
-    sdpa = fused_within_contract(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), *heads(torch.bfloat16), config=EXACT)
+    sdpa = fused_within_contract(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), *heads(torch.bfloat16), config=EXACT
+    )
     assert_fused(sdpa)
 
 
