@@ -175,15 +175,18 @@ class _Reader:
 
     def integer(self, value: Value, at: tuple[Index, ...]) -> Affine | None:
         """The integer at an index, as an affine expression."""
-        return self._once("integer", self._integer, value, at)
+        found: Affine | None = self._once("integer", self._integer, value, at)
+        return found
 
     def condition(self, value: Value, at: tuple[Index, ...]) -> Condition | None:
         """When the boolean at an index is true."""
-        return self._once("condition", self._condition, value, at)
+        found: Condition | None = self._once("condition", self._condition, value, at)
+        return found
 
     def additive(self, value: Value, at: tuple[Index, ...]) -> tuple[Condition, float] | None:
         """When the number at an index is 0, and the one number that it is otherwise."""
-        return self._once("additive", self._additive, value, at)
+        found: tuple[Condition, float] | None = self._once("additive", self._additive, value, at)
+        return found
 
     # ---------------------------------------------------------------- integers
 

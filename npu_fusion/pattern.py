@@ -228,11 +228,12 @@ class _Op(Pattern):
         if self.args is None:
             yield
             return
-        if len(self.args) != len(value.args):
-            return state.fail(lambda: f"expected {self.name} of {len(self.args)} operands, found {len(value.args)}", value)
-        yield from match_all(self.args, value.args, state)
+        args = self.args
+        if len(args) != len(value.args):
+            return state.fail(lambda: f"expected {self.name} of {len(args)} operands, found {len(value.args)}", value)
+        yield from match_all(args, value.args, state)
         if self.commutative and value.args[0] is not value.args[1]:
-            yield from match_all(self.args, value.args[::-1], state)
+            yield from match_all(args, value.args[::-1], state)
 
     def roots(self) -> frozenset[str]:
         return frozenset({self.name})

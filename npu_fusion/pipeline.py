@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import sympy
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from .config import FusionConfig
@@ -32,7 +33,7 @@ _NOT_CHEAPER = "recognised, but the fused op would launch no fewer kernels and m
 
 
 def fuse_graph(gm: GraphModule, config: FusionConfig, record: GraphRecord, real_inputs: Sequence[Any] = ()) -> None:
-    """Rewrite a functional ATen graph in place: every selected match becomes a semantic op.
+    """Rewrite a functional ATen graph in place: every selected match becomes a semantic op. The module's code is not made anew.
 
     Args:
         gm: graph module whose nodes carry `meta["val"]`.
@@ -96,11 +97,27 @@ def fuse(gm: GraphModule, example_inputs: Sequence[Any] | None = None, config: F
 def select_matches(view: View, matches: list[Match]) -> list[Match]:
     """The matches that make the graph cheapest."""
     operations = {node: _operation(view, node) for node in view.graph.nodes}
-    needed = [node for node in view.graph.nodes if node.op == "output" or (node.op == "call_function" and node.is_impure())]
+    needed = list(_needed(view.graph))
     matches = [match for match in matches if output_nodes(view, match)]  # a match may end at a value that exists in canonical form only
     candidates = [_candidate(view, match) for match in matches]
     by_id = {id(candidate): match for candidate, match in zip(candidates, matches, strict=True)}
     return [by_id[id(candidate)] for candidate in select(operations, needed, candidates)]
+
+
+def _needed(graph: Graph) -> Iterator[Node]:
+    """The output, and calls with side effects. Whether an operator has any is asked once: that takes longer than to match a node."""
+    impure: dict[OpOverload, bool] = {}
+    for node in graph.nodes:
+        if node.op == "output":
+            yield node
+        elif isinstance(node.target, OpOverload):
+            known = impure.get(node.target)
+            if known is None:
+                known = impure[node.target] = node.is_impure()
+            if known:
+                yield node
+        elif node.op == "call_function" and node.is_impure():
+            yield node
 
 
 def _operation(view: View, node: Node) -> Operation:

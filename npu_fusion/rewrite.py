@@ -61,11 +61,14 @@ class RewriteResult:
 
 
 def rewrite(gm: GraphModule, view: View, matches: Iterable[Match], keep_checks: bool = False) -> RewriteResult:
-    """Apply the matches to the graph of `gm`, in place. `keep_checks` records what `verify=True` needs to compare."""
+    """Apply the matches to the graph of `gm`, in place; making its code anew is left to the caller.
+
+    Args:
+        keep_checks: record what `verify=True` compares.
+    """
     rewriter = _Rewriter(gm, view, keep_checks)
     rewriter.run(matches)
     rewriter.finish()
-    gm.recompile()
     return rewriter.result
 
 

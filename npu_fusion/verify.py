@@ -89,5 +89,6 @@ def _compare(rule: str, name: str, actual: torch.Tensor, expected: torch.Tensor)
     error, limit = relative_error(actual, expected), 2 * error_bound(expected.dtype)
     if not error <= limit:
         raise VerificationError(
-            f"rule {rule!r}: the fused op's result for node {name!r} differs from the model's by {error:.2e} of its rms; the limit is {limit:.0e}"
+            f"rule {rule!r}: the fused op's result for node {name!r} differs from the model's by {error:.2e} of its rms; "
+            f"the limit is {limit:.0e}"
         )

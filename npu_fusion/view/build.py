@@ -142,6 +142,7 @@ class ViewBuilder:
             value = handler(self, node, arguments)
             if value is not None:
                 return value
+        assert isinstance(target, OpOverload)  # what is not is effectful
         if torch.Tag.nondeterministic_seeded in target.tags:  # after the handlers: dropout outside training is not random
             return self.opaque(node)
         return self._generic(node, schema, arguments)

@@ -148,9 +148,10 @@ class Canon:
                 return self.reshape(self._mark_reduced(self.binary(op, *pair, kept.shape)), shape)
         apart = self._ungrouped((a, b), shape)
         if apart is not None:
-            result = self.binary(op, *apart, broadcast(apart[0].shape, apart[1].shape))
-            self._products.add(result)
-            return self.reshape(result, shape)
+            left, right = apart
+            product = self.binary(op, left, right)
+            self._products.add(product)
+            return self.reshape(product, shape)
         a = self.bare(a, b, shape)
         b = self.bare(b, a, shape)
         result: Value = getattr(self, f"_{op}")(a, b, shape)

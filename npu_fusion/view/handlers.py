@@ -6,14 +6,22 @@ import operator
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from .build import ViewBuilder, handles, meta_of
 from .canon import number_of
 from .shapes import known_equal, normal_dim, to_dim
-from .value import Shape, Value
+from .value import Dim, Shape, Value
 
 _COMPARE = ("eq", "ne", "lt", "le", "gt", "ge")
+
+
+def _name(node: Node) -> str:
+    """The op's name without namespace and overload."""
+    assert isinstance(node.target, OpOverload)
+    name: str = node.target._opname
+    return name
 
 
 def _operands(b: ViewBuilder, node: Node, args: list[Any]) -> tuple[Value, Value, Shape]:
@@ -27,7 +35,7 @@ def _add_sub(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     alpha = args[2] if len(args) > 2 else 1
     if alpha != 1:
         y = b.canon.binary("mul", y, b.operand(alpha), y.shape)
-    return b.canon.binary(node.target._opname, x, y, shape)  # type: ignore[union-attr]
+    return b.canon.binary(_name(node), x, y, shape)
 
 
 @handles("rsub")
@@ -60,7 +68,7 @@ def _pow(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
 @handles("maximum", "minimum", "bitwise_and.Tensor", "bitwise_or.Tensor", "logical_and", "logical_or")
 def _commutative(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     x, y, shape = _operands(b, node, args)
-    op = {"bitwise_and": "and", "logical_and": "and", "bitwise_or": "or", "logical_or": "or"}.get(name := node.target._opname, name)  # type: ignore[union-attr]
+    op = {"bitwise_and": "and", "logical_and": "and", "bitwise_or": "or", "logical_or": "or"}.get(name := _name(node), name)
     if op in ("and", "or") and meta_of(node)[1] is not torch.bool:
         return None
     x = b.canon.bare(x, y, shape)
@@ -74,7 +82,7 @@ def _compare(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     x, y = b.operand(args[0]), b.operand(args[1])
     x = b.canon.bare(x, y, shape)
     y = b.canon.bare(y, x, shape)
-    op = node.target._opname  # type: ignore[union-attr]
+    op = _name(node)
     if op in ("gt", "ge"):
         op, x, y = {"gt": "lt", "ge": "le"}[op], y, x
     return b.table.intern(op, (x, y), {}, shape, torch.bool)
@@ -109,7 +117,7 @@ def _typed(number: Any, dtype: torch.dtype) -> float | int | bool:
 
 @handles("clamp", "clamp_min", "clamp_max", "clip")
 def _clamp(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
-    name = node.target._opname  # type: ignore[union-attr]
+    name = _name(node)
     low = args[1] if name != "clamp_max" else None
     high = args[2] if name in ("clamp", "clip") else args[1] if name == "clamp_max" else None
     shape, dtype = meta_of(node)
@@ -123,7 +131,7 @@ def _clamp(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
 @handles("neg", "negative", "sqrt", "rsqrt", "reciprocal", "exp", "log", "tanh", "sigmoid", "silu", "relu", "cos", "sin", "abs", "erf")
 def _unary(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     _, dtype = meta_of(node)
-    name = {"negative": "neg"}.get(op := node.target._opname, op)  # type: ignore[union-attr]
+    name = {"negative": "neg"}.get(op := _name(node), op)
     return b.canon.unary(name, b.cast_operand(args[0], dtype))
 
 
@@ -168,12 +176,12 @@ def _dropout(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
 
 @handles("scalar_tensor", "full", "full_like", "new_full")
 def _full(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
-    return _filled(b, node, args[0] if node.target._opname == "scalar_tensor" else args[2 if node.target._opname == "new_full" else 1])  # type: ignore[union-attr]
+    return _filled(b, node, args[0] if _name(node) == "scalar_tensor" else args[2 if _name(node) == "new_full" else 1])
 
 
 @handles("ones", "new_ones", "ones_like", "zeros", "new_zeros", "zeros_like")
 def _ones_or_zeros(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
-    return _filled(b, node, 1 if "ones" in node.target._opname else 0)  # type: ignore[union-attr]
+    return _filled(b, node, 1 if "ones" in _name(node) else 0)
 
 
 def _filled(b: ViewBuilder, node: Node, number: Any) -> Value | None:
@@ -194,13 +202,13 @@ def _reduce(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     keepdim = bool(args[2]) if len(args) > 2 else False
     dims = [dims] if isinstance(dims, int) else dims
     _, dtype = meta_of(node)
-    return b.canon.reduce(node.target._opname, b.cast_operand(args[0], dtype), dims, keepdim)  # type: ignore[union-attr]
+    return b.canon.reduce(_name(node), b.cast_operand(args[0], dtype), dims, keepdim)
 
 
 @handles("max.dim", "min.dim")
 def _max_dim(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     x = b.operand(args[0])
-    name = node.target._opname  # type: ignore[union-attr]
+    name = _name(node)
     values = b.canon.reduce(f"a{name}", x, [args[1]], bool(args[2]))
     dim = normal_dim(args[1], x.ndim)
     indices = b.table.intern(f"arg{name}", (x,), {"dim": dim, "keepdim": bool(args[2])}, values.shape, torch.int64)
@@ -235,7 +243,7 @@ def _norm(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
 def _softmax(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     _, dtype = meta_of(node)
     x = b.cast_operand(args[0], dtype)
-    if node.target._opname == "_safe_softmax":  # type: ignore[union-attr]  # zeros, not NaN, where everything is -inf: another value
+    if _name(node) == "_safe_softmax":  # zeros, not NaN, where everything is -inf: another value
         return b.table.intern("softmax", (x,), {"dim": normal_dim(args[1], x.ndim), "safe": True}, x.shape, x.dtype)
     return b.canon.softmax(x, args[1])
 
@@ -255,14 +263,19 @@ def _sdpa(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     mask = given.get("attn_mask", given.get("attn_bias"))
     scale = given["scale"]
     lifted = len(node.target._schema.returns) == 1  # type: ignore[union-attr]
-    if scale is None and isinstance(query.shape[-1], int):
-        scale = query.shape[-1] ** -0.5
-    if given["dropout_p"] != 0 or scale is None or not (lifted or only_first_result(node)):
+    if given["dropout_p"] != 0 or not (lifted or only_first_result(node)):
         return None
-    operands = [query, key, value, b.operand(scale), *([] if mask is None else [b.operand(mask)])]
+    factor = _inverse_root(b, query.shape[-1]) if scale is None else b.operand(scale)
+    operands = [query, key, value, factor, *([] if mask is None else [b.operand(mask)])]
     shape, dtype = (*query.shape[:-1], value.shape[-1]), query.dtype
     result = b.table.intern("sdpa", operands, {"is_causal": bool(given["is_causal"])}, shape, dtype)
     return result if lifted else b.table.unique("split", (result,), {"parts": (result,)}, (), None)
+
+
+def _inverse_root(b: ViewBuilder, size: Dim) -> Value:
+    if isinstance(size, int):
+        return b.canon.const(size**-0.5)
+    return b.table.intern("symfloat", (b.canon.sym(size),), {"power": -0.5}, (), None)
 
 
 def only_first_result(node: Node) -> bool:
@@ -400,7 +413,7 @@ def _agrees(value: Value, node: Node) -> bool:
 @handles("split", "split_with_sizes", "unbind", "chunk", "split_copy", "split_with_sizes_copy", "unbind_copy")
 def _split(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     x = b.operand(args[0])
-    name = node.target._opname  # type: ignore[union-attr]
+    name = _name(node)
     unbinding = name.startswith("unbind")
     dim = normal_dim(args[1] if unbinding else args[2], x.ndim)
     parts, start = [], 0

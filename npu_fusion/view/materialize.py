@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import sympy
@@ -16,6 +17,7 @@ from .value import Dim, Value
 aten = torch.ops.aten
 
 _UNARY = {name: getattr(aten, name).default for name in "neg sqrt rsqrt reciprocal exp tanh sigmoid silu relu cos sin".split()}
+_DIRECT = {**_UNARY, "matmul": aten.matmul.default}
 _BINARY = {"add": aten.add, "sub": aten.sub, "mul": aten.mul, "div": aten.div, "pow": aten.pow}
 
 
@@ -38,6 +40,8 @@ class Materializer:
             return self.size(value.attrs["expr"], value)
         if value.node is not None:
             return value.node
+        if value.op == "symfloat":  # a power of a size
+            return self._call(operator.pow, self.node(value.args[0]), value.attrs["power"])
         return self._emit_value(value)
 
     def size(self, expr: Dim, value: Value | None = None) -> Any:
@@ -80,12 +84,10 @@ class Materializer:
             return self._call(aten.mul.Tensor, args[0], args[0])
         if op == "gelu":
             return self._call(aten.gelu.default, args[0], approximate=attrs["approximate"])
-        if op == "matmul":
-            return self._call(aten.matmul.default, *args)
         if op in ("where", "maximum", "and", "or", "not"):
             return self._choice(value, args)
-        if op in _UNARY:
-            return self._call(_UNARY[op], args[0])
+        if op in _DIRECT:
+            return self._call(_DIRECT[op], *args)
         if op in _BINARY:
             return self._binary(op, args)
         raise NpuFusionError(f"a rule names a value that the graph does not compute and that cannot be emitted: {value!r}")
