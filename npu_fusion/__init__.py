@@ -1,7 +1,7 @@
 """npu_fusion: recognises the idioms of a plain PyTorch model and runs them as fused ops.
 
-    torch.compile(model, backend="npu_fusion")
-    print(npu_fusion.explain(model, example_input))
+torch.compile(model, backend="npu_fusion")
+print(npu_fusion.explain(model, example_input))
 """
 
 from . import ops, patterns

@@ -25,7 +25,8 @@ class FusionConfig:
 
     Args:
         target: what the graph is compiled for; `auto` takes it from the inputs' device.
-        rounding: `fp32_internal` lets a fused op keep fp32 longer than the model does; `exact` fuses only where it rounds at the same points.
+        rounding: `fp32_internal` lets a fused op keep fp32 longer than the model does; `exact` fuses only where it rounds at the same
+            points.
         executor: `eager` runs the rewritten FX graph, `graph` captures it (CUDA graphs), `inductor` hands it on to Inductor,
             `auto` chooses by target.
         rules: names of the only built-in rules to use, in place of all of them.

@@ -9,8 +9,8 @@ A semantic op is declared once, by decorating its reference implementation::
     def _(x, weight, eps): return torch.empty_like(x)
 
 The reference is written in plain PyTorch and runs on every device; the fake kernel computes metadata only and must accept symbolic
-sizes without adding guards. Ops are registered with `torch.library.Library.impl` rather than `custom_op`: a call costs a third as much on the
-host, and none of these ops mutates or aliases its inputs.
+sizes without adding guards. Ops are registered with `torch.library.Library.impl` rather than `custom_op`: a call costs a third as much
+on the host, and none of these ops mutates or aliases its inputs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Floats that configure a model, as constants.
 
-With `dynamic=True` Dynamo passes every Python float as an input, the eps of a norm and `math.pi` among them: one graph then serves values that
-in practice never change, and a captured graph would freeze them in silence. A float that belongs to a module, to a global or to a closure is made a
-constant of the graph again, under a guard: another value compiles another graph. A float that the caller passes as an argument stays an
-input (rules capture it unread, see `pattern.lit`).
+With `dynamic=True` Dynamo passes every Python float as an input, the eps of a norm and `math.pi` among them: one graph then serves
+values that in practice never change, and a captured graph would freeze them in silence. A float that belongs to a module, to a global or
+to a closure is made a constant of the graph again, under a guard: another value compiles another graph. A float that the caller passes as
+an argument stays an input (rules capture it unread, see `pattern.lit`).
 """
 
 from __future__ import annotations

@@ -214,7 +214,8 @@ def fake_mode_of(gm: GraphModule) -> Any:
     """The fake tensor mode of a graph's metadata; None for a graph without any."""
     from torch._guards import detect_fake_mode
 
-    return detect_fake_mode([node.meta.get("val", node.meta.get("example_value")) for node in gm.graph.nodes])
+    modes = (detect_fake_mode(node.meta.get("val", node.meta.get("example_value"))) for node in gm.graph.nodes)
+    return next((mode for mode in modes if mode is not None), None)
 
 
 def lazy_graph_module(root: torch.nn.Module, graph: torch.fx.Graph) -> GraphModule:
@@ -245,7 +246,8 @@ def unbacked_float(mode: Any) -> Any:
 
 def is_configuration(grapharg: Any) -> bool:
     """Whether a graph argument of Dynamo comes from a module's attribute, a global or a closure rather than from the call's arguments."""
-    from torch._dynamo.source import ChainedSource, GlobalSource, LocalSource, UnspecializedNNModuleSource
+    from torch._dynamo.source import GlobalSource, LocalSource, UnspecializedNNModuleSource
+    from torch._guards import ChainedSource
 
     source = getattr(grapharg, "source", None)
     while source is not None:

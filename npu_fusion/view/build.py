@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -131,21 +132,21 @@ class ViewBuilder:
         target = node.target
         found = self._handlers.get(target)
         if found is None:
-            found = self._handlers[target] = (_find_handler(target), getattr(target, "_schema", None))
-        handler, schema = found
+            found = self._handlers[target] = (_find_handler(target), _is_effectful(target))
+        handler, effectful = found
         if target is operator.getitem:
             return self._getitem(node)
-        if schema is None or _is_effectful(target):
+        if effectful:
             return self.opaque(node)
-        arguments = _bind_arguments(node, schema)
+        assert isinstance(target, OpOverload)  # what is not is effectful
+        arguments = _bind_arguments(node, target)
         if handler is not None:
             value = handler(self, node, arguments)
             if value is not None:
                 return value
-        assert isinstance(target, OpOverload)  # what is not is effectful
         if torch.Tag.nondeterministic_seeded in target.tags:  # after the handlers: dropout outside training is not random
             return self.opaque(node)
-        return self._generic(node, schema, arguments)
+        return self._generic(node, target._schema, arguments)
 
     def _getitem(self, node: Node) -> Value:
         source, index = node.args
@@ -248,7 +249,7 @@ def _written_by(mutation: Node) -> list[Node]:
     target = mutation.target
     assert isinstance(target, OpOverload)
     written = []
-    for spec, argument in zip(target._schema.arguments, _bind_arguments(mutation, target._schema), strict=True):
+    for spec, argument in zip(target._schema.arguments, _bind_arguments(mutation, target), strict=True):
         if spec.is_write:
             written += [item for item in (argument if isinstance(argument, (list, tuple)) else [argument]) if isinstance(item, Node)]
     return written
@@ -267,13 +268,16 @@ def _is_effectful(target: Any) -> bool:
     return target._schema.is_mutable or target.namespace in _COLLECTIVE_NAMESPACES
 
 
-def _bind_arguments(node: Node, schema: Any) -> list[Any]:
+def _bind_arguments(node: Node, target: OpOverload) -> list[Any]:
     """The node's arguments in schema order, defaults filled in."""
-    bound = list(node.args)
     kwargs = node.kwargs
-    for spec in schema.arguments[len(bound) :]:
-        bound.append(kwargs[spec.name] if spec.name in kwargs else spec.default_value if spec.has_default_value() else None)
-    return bound
+    return [*node.args, *(kwargs.get(name, default) for name, default in _defaults(target)[len(node.args) :])]
+
+
+@lru_cache(maxsize=4096)
+def _defaults(target: OpOverload) -> tuple[tuple[str, Any], ...]:
+    """Names and default values of an op's arguments; None where there is no default."""
+    return tuple((spec.name, spec.default_value if spec.has_default_value() else None) for spec in target._schema.arguments)
 
 
 def meta_of(node: Node) -> tuple[Shape, torch.dtype | None]:

@@ -498,11 +498,8 @@ class Canon:
 
 def number_of(x: Value) -> float | int | bool | None:
     """The Python number that a value holds, if it is a constant."""
-    if x.op == "const":
+    if x.op == "const" or (x.op == "full" and x.ndim == 0):
         number: float | int | bool = x.attrs["value"]
-        return number
-    if x.op == "full" and x.ndim == 0:
-        number = x.attrs["value"]
         return number
     if x.op == "cast" and x.ndim == 0 and x.dtype is not None and x.dtype.is_floating_point:
         return number_of(x.args[0])

@@ -59,7 +59,7 @@ _FACTS: ContextVar[_Facts | None] = ContextVar("npu_fusion_size_facts", default=
 
 @contextmanager
 def size_facts(shape_env: Any) -> Iterator[None]:
-    """Let what the graph's shape environment knows (its guards: `chunk` into equal halves means an even size) count as known in the block."""
+    """In the block, what the graph's shape environment knows counts as known: `chunk` into halves of one size means that it is even."""
     token = _FACTS.set(None if shape_env is None else _Facts(shape_env))
     try:
         yield

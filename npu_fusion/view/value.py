@@ -34,7 +34,9 @@ class Value:
 
     __slots__ = ("args", "attrs", "dtype", "forms", "index", "node", "op", "shape", "users")
 
-    def __init__(self, op: str, args: tuple[Value, ...], attrs: dict[str, Any], shape: Shape, dtype: torch.dtype | None, index: int) -> None:
+    def __init__(
+        self, op: str, args: tuple[Value, ...], attrs: dict[str, Any], shape: Shape, dtype: torch.dtype | None, index: int
+    ) -> None:
         self.op = op
         self.args = args
         self.attrs = attrs

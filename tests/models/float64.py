@@ -71,7 +71,8 @@ def _widen(value: Any) -> Any:
 
 def to_float64(value: T) -> T:
     """Makes every floating tensor reachable from a module, cache, list or dict float64, in place where it can be; returns it."""
-    return _convert(value, {})
+    converted: T = _convert(value, {})
+    return converted
 
 
 def _convert(value: Any, seen: dict[int, Any]) -> Any:

@@ -203,7 +203,7 @@ class SiteCounter(TorchFunctionMode):
         if name in ACTIVATIONS:
             self._activated(result, first)
         if name in PRODUCTS and len(tensors) == 2:
-            self._product(*tensors, result)
+            self._product(tensors[0], tensors[1], result)
         self._follow(name, tensors, results)
 
     def _activated(self, result: Tensor, source: Tensor) -> None:

@@ -430,9 +430,7 @@ def test_layer_norm_whose_statistics_are_used_stays() -> None:
 
 def test_layer_norm_over_two_dimensions_is_reported() -> None:
     _, report = fused(lambda x: F.layer_norm(x, x.shape[-2:]), tokens(torch.float32))
-    assert [(site.idiom, site.reason) for site in report.missed] == [
-        ("layer_norm", "mean has dims = (1, 2), expected the last dimension")
-    ]
+    assert [(site.idiom, site.reason) for site in report.missed] == [("layer_norm", "mean has dims = (1, 2), expected the last dimension")]
 
 
 def test_unbiased_variance_is_no_layer_norm() -> None:
