@@ -224,7 +224,9 @@ def test_strided_inputs() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rope_heads", [1, 4])
-@pytest.mark.parametrize("kwargs", [{}, {"is_causal": True, "causal_offset": 2}, {"mask": torch.arange(35).view(1, 1, 5, 7) % 4 > 0}], ids=" ".join)
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"is_causal": True, "causal_offset": 2}, {"mask": torch.arange(35).view(1, 1, 5, 7) % 4 > 0}], ids=" ".join
+)
 def test_mla_attention_meets_the_numeric_contract(kwargs: dict[str, Any], rope_heads: int, dtype: torch.dtype) -> None:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape).to(dtype)
