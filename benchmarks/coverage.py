@@ -59,7 +59,7 @@ class Result:
     """What became of a cell.
 
     Attributes:
-        code: digest of the package's sources that it was measured with.
+        code: the versions that it was measured with (`code_version`).
         status: `ok`; `absent` (the model has no such attention); `eager` (it does not run eagerly here); `failed` (compiling or running
             it raised, or took too long); `wrong` (beyond the numeric contract).
         detail: the error, where there is one.
@@ -176,15 +176,15 @@ def work() -> None:
 # -- driving
 
 
-def code_digest() -> str:
-    """What a result depends on: the package's sources, the zoo's, and the versions of torch and transformers."""
+def code_version() -> str:
+    """What a result depends on: torch, transformers, and a digest of the package's sources and the zoo's."""
     from importlib.metadata import version
 
-    digest = hashlib.sha256(f"{version('torch')} {version('transformers')}".encode())
+    digest = hashlib.sha256()
     folders = [ROOT / name for name in ("npu_fusion", "patterns", "lowerings", "kernels", "tests/models")]
     for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
         digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+    return f"torch {version('torch')}, transformers {version('transformers')}, sources {digest.hexdigest()[:12]}"
 
 
 def run_cells(cells: list[Cell], code: str, timeout: float) -> Iterator[Result]:
@@ -228,14 +228,14 @@ def _death(code: int) -> str:
 class State:
     """Results on disk, one JSON line each; the last one for a cell counts."""
 
-    def __init__(self, path: Path, code: str) -> None:
+    def __init__(self, path: Path, code: str | None) -> None:
         self.path, self.code = path, code
         self.lock = threading.Lock()
         self.results: dict[Cell, Result] = {}
         if path.exists():
             for line in path.read_text().splitlines():
                 result = Result.from_json(line)
-                if result.code == code:
+                if code is None or result.code == code:
                     self.results[result.cell] = result
 
     def add(self, result: Result) -> None:
@@ -272,6 +272,7 @@ def run_all(cells: dict[str, list[Cell]], state: State, timeout: float, budget: 
     def run(name: str) -> None:
         if time.monotonic() - start > budget:
             return
+        assert state.code is not None
         for result in run_cells([cell for cell in cells[name] if cell not in state.results], state.code, timeout):
             state.add(result)
         statuses = [state.results[cell].status for cell in cells[name]]
@@ -302,7 +303,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="architectures measured at a time")
     parser.add_argument("--state", type=Path, default=default_state(), help="where results are kept (%(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "coverage.md")
-    parser.add_argument("--write-only", action="store_true", help="measure nothing, write the document")
+    parser.add_argument("--write-only", action="store_true", help="measure nothing, write the document from all results in the state")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -310,7 +311,7 @@ def main() -> None:
         return
     from benchmarks.coverage_table import document
 
-    state = State(options.state, code_digest())
+    state = State(options.state, None if options.write_only else code_version())
     if not options.write_only:
         run_all(select_cells(options), state, options.timeout, options.budget, options.jobs)
     options.output.write_text(document(list(state.results.values())))

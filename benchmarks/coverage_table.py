@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +18,7 @@ COLUMNS = {
     "attention": ("attention",),
 }
 GOALS = {"RMSNorm": 0.98, "add → norm": 0.95, "RoPE": 0.95, "gated activation": 0.95, "attention": 0.95}
+BROKEN = "the model breaks the graph: what lies outside runs eagerly, or runs a compiled graph several times that is counted once"
 UNRECOGNISED = "no rule came near it: the report does not list it"
 
 INTRODUCTION = """\
@@ -44,7 +44,7 @@ def document(results: Sequence[Result]) -> str:
     measured = [result for result in results if result.status in ("ok", "wrong")]
     parts = [
         INTRODUCTION.format(factor=EAGER_FACTOR),
-        f"Measured with torch {version('torch')} and transformers {version('transformers')}: {_summary(results)}.",
+        f"Measured with {'; '.join(sorted({result.code for result in results}))}: {_summary(results)}.",
         "## Totals",
         _totals(measured),
         "## By configuration",
@@ -139,8 +139,10 @@ def _reasons(results: Sequence[Result]) -> str:
                         sites[column, reason] += count
                         where[column, reason].add(result.cell.arch)
             if missing:
-                sites[column, UNRECOGNISED] += missing
-                where[column, UNRECOGNISED].add(result.cell.arch)
+                broken = any(note.startswith("graph break") for note in result.notes)
+                reason = BROKEN if broken else UNRECOGNISED
+                sites[column, reason] += missing
+                where[column, reason].add(result.cell.arch)
     rows = [[column, _escape(reason), str(count), _some(where[column, reason])] for (column, reason), count in sites.most_common()]
     return _table(["idiom", "reason", "sites", "architectures"], rows) if rows else "None was."
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
 import sympy
 import torch
 from torch.fx import Graph, Node
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
 from ..errors import NpuFusionError
 from .build import View
@@ -18,6 +20,17 @@ aten = torch.ops.aten
 
 _UNARY = {name: getattr(aten, name).default for name in "neg sqrt rsqrt reciprocal exp tanh sigmoid silu relu cos sin".split()}
 _DIRECT = {**_UNARY, "matmul": aten.matmul.default}
+_ARITHMETIC = {
+    sympy.Add: operator.add,
+    sympy.Mul: operator.mul,
+    sympy.Max: torch.sym_max,
+    sympy.Min: torch.sym_min,
+    Max: torch.sym_max,
+    Min: torch.sym_min,
+    FloorDiv: operator.floordiv,
+    Mod: operator.mod,
+    PythonMod: operator.mod,
+}
 _BINARY = {"add": aten.add, "sub": aten.sub, "mul": aten.mul, "div": aten.div, "pow": aten.pow}
 
 
@@ -52,6 +65,9 @@ class Materializer:
             value = self.view.canon.sym(expr)
         if value.node is not None:
             return value.node
+        arithmetic = _ARITHMETIC.get(expr.func)
+        if arithmetic is not None:  # from its parts: they come from inputs, which stand before everything else
+            return functools.reduce(lambda a, b: self.emit(arithmetic, (a, b), {}), [self.size(part) for part in expr.args])
         for node in self.graph.nodes:
             val = node.meta.get("val")
             if isinstance(val, torch.Tensor):

@@ -229,6 +229,8 @@ class SiteCounter(TorchFunctionMode):
         source = id(tensors[0])
         for result in results:
             if result is tensors[0]:
+                if name not in SAME_VALUE and name not in SUMS:  # written over in place: what it held is no sum any more
+                    self._sums.pop(source, None)
                 continue
             if name in SAME_VALUE:
                 for known in (self._sums, self._activations):

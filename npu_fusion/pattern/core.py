@@ -1,18 +1,4 @@
-"""The language of patterns.
-
-A pattern is written with operators, as the formula it stands for::
-
-    x, weight, eps = var("x"), var("weight"), lit("eps")
-    h = opt_cast(x)
-    normed = h * rsqrt(mean(square(h), dims=LAST) + eps)
-    pattern = opt_cast(normed) * weight
-
-It is matched against the canonical view (npu_fusion/view), where `x ** 2`, `x * x` and `square(x)` are one value, all casts are explicit
-and sit outside views. What is left to say is: alternatives (`p | q`), optional casts (`opt_cast`) and views (`opt_view`), and products
-whose association is free (`prod`). `+` and `*` match either operand order. A variable that occurs twice must be the same value twice.
-
-Matching is backtracking search: `Pattern.match` yields once for every way in which the pattern fits, with the bindings in the `State`.
-"""
+"""Patterns as objects: what each part of the language matches, and what the search may know of it beforehand."""
 
 from __future__ import annotations
 
@@ -23,12 +9,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
+from ..view.canon import number_of
+from ..view.value import Form, Value
+from .values import describe, literal_of
 
-from .view.canon import number_of
-from .view.value import Form, Literal, Value
-
-VIEW_OPS = ("reshape", "permute", "expand")
 _COMMON_OPS = frozenset({"add", "mul", "cast", "sub", "slice", "reshape", "permute", "expand", "neg", "cat", "matmul"})
 
 
@@ -98,46 +82,65 @@ class Pattern:
 
     def as_(self, name: str) -> Pattern:
         """Bind the matched value (of a semantic form also the form, as `name.form`) under a name."""
-        return _Named(name, self)
+        return Named(name, self)
 
     def where(self, predicate: Callable[[Value], bool], reason: str) -> Pattern:
         """Restrict the pattern by a predicate on the matched value; `reason` says what is wrong when it fails."""
-        return _Where(self, predicate, reason)
+        return Where(self, predicate, reason)
 
     def __add__(self, other: Pattern | float) -> Pattern:
-        return op("add", self, other, commutative=True)
+        return _binary("add", self, other, commutative=True)
 
     def __radd__(self, other: float) -> Pattern:
-        return op("add", other, self, commutative=True)
+        return _binary("add", other, self, commutative=True)
 
     def __sub__(self, other: Pattern | float) -> Pattern:
-        return op("sub", self, other) if isinstance(other, Pattern) else self + (-other)
+        return _binary("sub", self, other) if isinstance(other, Pattern) else self + (-other)
 
     def __mul__(self, other: Pattern | float) -> Pattern:
-        return op("mul", self, other, commutative=True)
+        return _binary("mul", self, other, commutative=True)
 
     def __rmul__(self, other: float) -> Pattern:
-        return op("mul", other, self, commutative=True)
+        return _binary("mul", other, self, commutative=True)
 
     def __truediv__(self, other: Pattern) -> Pattern:
-        return op("div", self, other)
+        return _binary("div", self, other)
 
     def __neg__(self) -> Pattern:
-        return op("neg", self)
+        return Op("neg", (self,), {})
 
     def __or__(self, other: Pattern) -> Pattern:
-        return any_of(self, other)
+        return alternatives(self, other)
 
 
 def as_pattern(item: Pattern | float) -> Pattern:
-    return item if isinstance(item, Pattern) else _Number(item)
+    return item if isinstance(item, Pattern) else Number(item)
+
+
+def _binary(name: str, a: Pattern | float, b: Pattern | float, commutative: bool = False) -> Pattern:
+    return Op(name, (as_pattern(a), as_pattern(b)), {}, commutative)
+
+
+def alternatives(*patterns: Pattern) -> Pattern:
+    """Any of the patterns; alternatives among them are taken one by one."""
+    flat = [p for pattern in patterns for p in (pattern.alternatives if isinstance(pattern, AnyOf) else (pattern,))]
+    return AnyOf(tuple(flat))
+
+
+def match_all(patterns: Sequence[Pattern], values: Sequence[Value], state: State) -> Iterator[None]:
+    """All ways to match the patterns to the values, pairwise."""
+    if not patterns:
+        yield
+        return
+    for _ in patterns[0].match(values[0], state):
+        yield from match_all(patterns[1:], values[1:], state)
 
 
 # ---------------------------------------------------------------- leaves
 
 
 @dataclass(frozen=True, eq=False)
-class _Var(Pattern):
+class Var(Pattern):
     name: str
 
     def match(self, value: Value, state: State) -> Iterator[None]:
@@ -158,7 +161,7 @@ class _Var(Pattern):
 
 
 @dataclass(frozen=True, eq=False)
-class _Lit(Pattern):
+class Lit(Pattern):
     name: str
 
     def match(self, value: Value, state: State) -> Iterator[None]:
@@ -180,7 +183,7 @@ class _Lit(Pattern):
 
 
 @dataclass(frozen=True, eq=False)
-class _Number(Pattern):
+class Number(Pattern):
     number: float
 
     def match(self, value: Value, state: State) -> Iterator[None]:
@@ -195,7 +198,7 @@ class _Number(Pattern):
 
 
 @dataclass(frozen=True, eq=False)
-class _Any(Pattern):
+class Anything(Pattern):
     def match(self, value: Value, state: State) -> Iterator[None]:
         yield
 
@@ -207,7 +210,7 @@ class _Any(Pattern):
 
 
 @dataclass(frozen=True, eq=False)
-class _Op(Pattern):
+class Op(Pattern):
     name: str
     args: tuple[Pattern, ...] | None
     attrs: dict[str, Any]
@@ -215,7 +218,7 @@ class _Op(Pattern):
 
     def match(self, value: Value, state: State) -> Iterator[None]:
         if value.op != self.name:
-            return state.fail(lambda: f"expected {self.name}, found {_describe(value)}", value)
+            return state.fail(lambda: f"expected {self.name}, found {describe(value)}", value)
         bound = [wanted.name for wanted in self.attrs.values() if isinstance(wanted, AttrAs) and wanted.name not in state.bindings]
         if all(_attr_fits(name, wanted, value, state) for name, wanted in self.attrs.items()):
             state.visited.append(value)
@@ -249,7 +252,7 @@ class _Op(Pattern):
 
 
 @dataclass(frozen=True, eq=False)
-class _Sem(Pattern):
+class Sem(Pattern):
     """A value known as output `output` of a semantic op."""
 
     name: str
@@ -267,7 +270,7 @@ class _Sem(Pattern):
                 state.forms.pop()
                 state.visited.pop()
         if not found:
-            state.fail(lambda: f"expected {self.name}, found {_describe(value)}", value)
+            state.fail(lambda: f"expected {self.name}, found {describe(value)}", value)
 
     def _match_args(self, form: Form, wanted: list[tuple[str, Any]], state: State) -> Iterator[None]:
         if not wanted:
@@ -304,7 +307,7 @@ class _Sem(Pattern):
 
 
 @dataclass(frozen=True, eq=False)
-class _Through(Pattern):
+class Through(Pattern):
     """The inner pattern behind zero or more (at most `most`) of the given operators, innermost first."""
 
     names: frozenset[str]
@@ -340,7 +343,7 @@ class _Through(Pattern):
 
 
 @dataclass(frozen=True, eq=False)
-class _AnyOf(Pattern):
+class AnyOf(Pattern):
     alternatives: tuple[Pattern, ...]
 
     def match(self, value: Value, state: State) -> Iterator[None]:
@@ -365,7 +368,7 @@ class _AnyOf(Pattern):
 
 
 @dataclass(frozen=True, eq=False)
-class _Prod(Pattern):
+class Prod(Pattern):
     """A product (or sum) of the factors, however it associates and in whatever order."""
 
     name: str
@@ -379,7 +382,7 @@ class _Prod(Pattern):
             yield from factors[0].match(value, state)
             return
         if value.op != self.name:
-            return state.fail(lambda: f"expected {self.name} of {len(factors)} operands, found {_describe(value)}", value)
+            return state.fail(lambda: f"expected {self.name} of {len(factors)} operands, found {describe(value)}", value)
         state.visited.append(value)
         for size in range(len(factors) - 1, 0, -1):
             for picked in itertools.combinations(range(len(factors)), size):
@@ -406,7 +409,7 @@ class _Prod(Pattern):
 
 
 @dataclass(frozen=True, eq=False)
-class _Wrapper(Pattern):
+class Wrapper(Pattern):
     inner: Pattern
 
     def roots(self) -> frozenset[str] | None:
@@ -422,7 +425,7 @@ class _Wrapper(Pattern):
         return self.inner.depth()
 
 
-class _Named(_Wrapper):
+class Named(Wrapper):
     def __init__(self, name: str, inner: Pattern) -> None:
         super().__init__(inner)
         object.__setattr__(self, "name", name)
@@ -444,7 +447,7 @@ class _Named(_Wrapper):
             del state.bindings[self.name], state.bindings[f"{self.name}.form"]
 
 
-class _Where(_Wrapper):
+class Where(Wrapper):
     def __init__(self, inner: Pattern, predicate: Callable[[Value], bool], reason: str) -> None:
         super().__init__(inner)
         object.__setattr__(self, "predicate", predicate)
@@ -496,148 +499,3 @@ def _attr_fits(name: str, wanted: Any, value: Value, state: State) -> bool:
         state.fail(lambda: f"{value.op} has {name} = {actual}, expected {wanted}", value)
         return False
     return True
-
-
-# ---------------------------------------------------------------- the words
-
-
-def var(name: str) -> Pattern:
-    """Any tensor, bound under the name."""
-    return _Var(name)
-
-
-def lit(name: str) -> Pattern:
-    """A number, bound as a `Literal`: a Python number, a 0-d constant, a SymFloat, or a float that Dynamo passes as a 0-d float64 input."""
-    return _Lit(name)
-
-
-def anything() -> Pattern:
-    return _Any()
-
-
-def op(name: str, *args: Pattern | float, commutative: bool = False, **attrs: Any) -> Pattern:
-    """The canonical operator applied to operands. Attributes are compared, tested (`AttrIs`) or bound (`AttrAs`)."""
-    return _Op(name, tuple(as_pattern(arg) for arg in args), attrs, commutative)
-
-
-def op_any_args(name: str, **attrs: Any) -> Pattern:
-    """The canonical operator, whatever its operands."""
-    return _Op(name, None, attrs)
-
-
-def sem(name: str, *, output: int = 0, **args: Any) -> Pattern:
-    """A value that an earlier rule knows as output `output` of the semantic op; arguments named here must match theirs."""
-    return _Sem(name, args, output)
-
-
-def opt_cast(inner: Pattern) -> Pattern:
-    """The pattern, behind casts or not."""
-    return _Through(frozenset({"cast"}), inner, 2)
-
-
-def opt_upcast(inner: Pattern) -> Pattern:
-    """The pattern, behind a cast to a wider type or not: nothing is rounded in between."""
-    return _Through(frozenset({"cast"}), inner, 2, _widens)
-
-
-def opt_round(inner: Pattern) -> Pattern:
-    """The pattern, rounded to a narrower type afterwards or not."""
-    return _Through(frozenset({"cast"}), inner, 1, _narrows)
-
-
-def opt_view(inner: Pattern, *names: str) -> Pattern:
-    """The pattern, behind views (reshape, permute, expand, or those named) or not."""
-    return _Through(frozenset(names or VIEW_OPS), inner)
-
-
-def through(names: Sequence[str], inner: Pattern) -> Pattern:
-    """The pattern, behind any number of the named operators (their first operand is followed) or not."""
-    return _Through(frozenset(names), inner)
-
-
-def any_of(*alternatives: Pattern) -> Pattern:
-    flat = [a for alternative in alternatives for a in (alternative.alternatives if isinstance(alternative, _AnyOf) else (alternative,))]
-    return _AnyOf(tuple(flat))
-
-
-def prod(*factors: Pattern | float) -> Pattern:
-    """A product of all factors, in any order and association."""
-    return _Prod("mul", tuple(as_pattern(factor) for factor in factors))
-
-
-def total(*terms: Pattern | float) -> Pattern:
-    """A sum of all terms, in any order and association."""
-    return _Prod("add", tuple(as_pattern(term) for term in terms))
-
-
-def _unary(name: str) -> Callable[..., Pattern]:
-    def build(x: Pattern, **attrs: Any) -> Pattern:
-        return op(name, x, **attrs)
-
-    build.__name__ = name
-    build.__doc__ = f"The canonical operator `{name}`."
-    return build
-
-
-square, rsqrt, sqrt, exp, tanh, sigmoid, silu, relu, gelu, reciprocal, cast, mean, sum_, softmax, amax, reshape, permute, expand, erf = map(
-    _unary,
-    "square rsqrt sqrt exp tanh sigmoid silu relu gelu reciprocal cast mean sum softmax amax reshape permute expand erf".split(),
-)
-
-
-def sliced(x: Pattern, **attrs: Any) -> Pattern:
-    """x[start:stop:step] along `dim`."""
-    return op("slice", x, **attrs)
-
-
-def cat(*parts: Pattern, **attrs: Any) -> Pattern:
-    return op("cat", *parts, **attrs)
-
-
-# ---------------------------------------------------------------- helpers
-
-
-def match_all(patterns: Sequence[Pattern], values: Sequence[Value], state: State) -> Iterator[None]:
-    """All ways to match the patterns to the values, pairwise."""
-    if not patterns:
-        yield
-        return
-    for _ in patterns[0].match(values[0], state):
-        yield from match_all(patterns[1:], values[1:], state)
-
-
-def literal_of(value: Value) -> Literal | None:
-    """The number that a value holds, known or carried by a 0-d float64 input or a SymFloat."""
-    number = number_of(value)
-    if number is not None:
-        return Literal(number)
-    if value.op == "symfloat":
-        return Literal(None, value)
-    if value.ndim == 0 and value.dtype is not None and value.dtype.is_floating_point:
-        source = value
-        while source.op == "cast":
-            source = source.args[0]
-        if source.op == "input" and str(source.dtype) == "torch.float64":
-            return Literal(None, source)
-    return None
-
-
-def _widens(cast_: Value) -> bool:
-    return bits(cast_.args[0].dtype) <= bits(cast_.dtype)
-
-
-def _narrows(cast_: Value) -> bool:
-    return bits(cast_.args[0].dtype) > bits(cast_.dtype)
-
-
-def bits(dtype: torch.dtype | None) -> int:
-    """Width of an element; 0 for what is no floating-point tensor."""
-    return dtype.itemsize * 8 if dtype is not None and dtype.is_floating_point else 0
-
-
-def _describe(value: Value) -> str:
-    if value.op == "input":
-        return "an input of the graph"
-    if value.op == "const":
-        return f"the number {value.attrs['value']}"
-    return value.op
