@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import inspect
 import os
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -167,8 +168,9 @@ def _passes() -> _Passes:
             assert gm is not None
             self.apply(gm)
 
+        @abstractmethod
         def apply(self, gm: GraphModule) -> None:
-            raise NotImplementedError
+            """Rewrite the graph in place."""
 
         def uuid(self) -> Any:
             """What Inductor's caches are keyed by; None, which turns them off, where a pass or rule cannot say what it does."""

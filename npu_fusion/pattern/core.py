@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -51,15 +52,16 @@ class Footprint:
     depth: int
 
 
-class Pattern:
+class Pattern(ABC):
     """Base of all patterns. Subclasses yield from `match` once for each way to fit."""
 
     @cached_property
     def footprint(self) -> Footprint:
         return Footprint(self.roots(), tuple(self.required()), self.operators(), self.depth())
 
+    @abstractmethod
     def match(self, value: Value, state: State) -> Iterator[None]:
-        raise NotImplementedError(type(self).__name__)
+        """Yield once for each way in which the value fits, with the bindings in `state` for as long as the caller looks."""
 
     def roots(self) -> frozenset[str] | None:
         """Operators (forms as `form:name`) that a value matched by this pattern can have; None: any."""
@@ -134,9 +136,6 @@ def match_all(patterns: Sequence[Pattern], values: Sequence[Value], state: State
         return
     for _ in patterns[0].match(values[0], state):
         yield from match_all(patterns[1:], values[1:], state)
-
-
-# ---------------------------------------------------------------- leaves
 
 
 @dataclass(frozen=True, eq=False)
