@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import operator
 
+import sympy
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
+from torch.utils._sympy.functions import Max
 
 from .view.shapes import known_equal, known_ge, product, to_dim
+from .view.value import Dim
 
 aten = torch.ops.aten
 _OWN_NAMESPACES = ("aten", "prims", "npu_fusion", "npu_fusion_lifted")
@@ -60,7 +63,26 @@ def _is_foreign(user: Node) -> bool:
 def same_strides(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape surely have the strides of one another, in the dimensions where that matters."""
     triples = zip(a.shape, a.stride(), b.stride(), strict=True)
-    return all(known_equal(to_dim(x), to_dim(y)) or known_equal(to_dim(size), 1) for size, x, y in triples)
+    if all(known_equal(to_dim(x), to_dim(y)) or known_equal(to_dim(size), 1) for size, x, y in triples):
+        return True
+    return _row_major(a) and _row_major(b)  # sizes that are equal by a guard need not make strides that are equal as terms
+
+
+def _row_major(tensor: Tensor) -> bool:
+    """Whether the tensor is surely contiguous. An empty tensor's strides, for which torch takes sizes of at least 1, matter to nobody."""
+    expected: Dim = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if not known_equal(_at_least_one(to_dim(stride)), expected) and not known_equal(to_dim(size), 1):
+            return False
+        expected = product((expected, to_dim(size)))
+    return True
+
+
+def _at_least_one(stride: Dim) -> Dim:
+    """The stride with `Max(1, size)` read as `size`."""
+    if isinstance(stride, int):
+        return stride
+    return stride.replace(lambda e: isinstance(e, (sympy.Max, Max)) and 1 in e.args, lambda e: e.func(*(a for a in e.args if a != 1)))
 
 
 def dims_by_stride(tensor: Tensor) -> list[int] | None:

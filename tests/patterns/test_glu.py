@@ -389,3 +389,15 @@ def test_site_names_line_and_module() -> None:
     assert site.op == "glu"
     assert site.source is not None
     assert "test_glu.py" in site.source
+
+
+def test_halves_of_a_symbolic_size() -> None:
+    """`chunk` of a symbolic size guards that it is even; nothing else says that the halves are equal."""
+
+    def gated(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    outputs, report = fused(gated, torch.randn(2, 8, 64), dynamic=True)
+    assert report.idioms["glu"] == 1
+    assert outputs.shape == (2, 8, 32)
