@@ -319,8 +319,12 @@ def _before(record: GraphRecord) -> GraphModule | None:
 
 
 def _after(record: GraphRecord) -> GraphModule | None:
-    """The graph that runs: the last stage reached."""
-    reached = [record.stages[stage] for stage in STAGES if stage in record.stages]
+    """The graph whose cost is what runs: the last stage reached.
+
+    For Inductor, which fuses the parts that a semantic op is expanded into, it is the graph with the semantic ops still whole.
+    """
+    stages = [stage for stage in STAGES if stage != "lowered" or record.config.executor != "inductor"]
+    reached = [record.stages[stage] for stage in stages if stage in record.stages]
     return reached[-1] if reached else None
 
 

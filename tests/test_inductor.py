@@ -13,6 +13,7 @@ from torch import Tensor
 from npu_fusion.backend import records_of
 from npu_fusion.errors import ConfigError
 from npu_fusion.lowerings.inductor import inductor_options
+from npu_fusion.report import report
 from tests.blocks import Block, assert_close, compiled, single
 
 aten = torch.ops.aten
@@ -20,6 +21,15 @@ aten = torch.ops.aten
 
 class TestInductor:
     x = torch.randn(2, 3, 16)
+
+    def test_cost_is_that_of_the_fused_graph(self) -> None:
+        """What a semantic op is expanded into for Inductor is no more launches: Inductor fuses it again."""
+        block = Block().eval()
+        run = compiled(block, options={"executor": "inductor"})
+        with torch.no_grad():
+            run(self.x)
+        found = report(run)
+        assert found.launches_after < found.launches_before
 
     def test_executor(self) -> None:
         block = Block().eval()
