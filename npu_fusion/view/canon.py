@@ -258,7 +258,9 @@ class Canon(ViewCanon):
         """`op` over `dims` (all if None or empty), canonically with the reduced dimensions kept."""
         axes = tuple(sorted(normal_dim(d, x.ndim) for d in dims)) if dims else tuple(range(x.ndim))
         kept = tuple(1 if i in axes else d for i, d in enumerate(x.shape))
-        out = self._mark_reduced(self.table.intern(op, (x,), {"dims": axes}, kept, x.dtype))
+        out = self.table.intern(op, (x,), {"dims": axes}, kept, x.dtype)
+        if x.ndim - 1 in axes:  # a statistic of rows; a sum over experts is the next layer's input, and stays as it is
+            self._mark_reduced(out)
         return out if keepdim else self.reshape(out, tuple(d for i, d in enumerate(x.shape) if i not in axes))
 
     def softmax(self, x: Value, dim: int) -> Value:

@@ -383,3 +383,15 @@ def test_integers_and_float64_are_normalised_as_the_model_does() -> None:
     outputs, report = fused(in_float64, x)
     assert report.ops == {"rms_norm": 1}
     torch.testing.assert_close(outputs, in_float64(x), rtol=1e-14, atol=0)
+
+
+def test_norm_of_a_sum_over_experts() -> None:
+    """What a mixture of experts returns is a sum without its dimension: an ordinary input of the next norm, in fp32 too."""
+    weight = torch.rand(32) + 0.5
+
+    def block(x: Tensor) -> Tensor:
+        mixed = (x * 2).sum(dim=1)
+        return mixed * torch.rsqrt(mixed.square().mean(-1, keepdim=True) + 1e-6) * weight
+
+    _, report = fused(block, torch.randn(4, 3, 32))
+    report.expect(rms_norm=1)
