@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch._C._dynamo.eval_frame import reset_code
 from torch.fx import GraphModule
 
 from .backend import FusionBackend
@@ -16,6 +15,7 @@ from .config import FusionConfig
 from .errors import NpuFusionError
 from .graph_breaks import break_counts, break_reason, describe, title_of
 from .report import FusionReport
+from .torch_private import reset_code
 
 
 def explain(

@@ -6,8 +6,9 @@ import re
 from collections import Counter
 from typing import Any
 
-from torch._dynamo.utils import counters
 from torch.fx import GraphModule
+
+from .torch_private import counters
 
 # How Dynamo names the instruction at which it had to stop, where it gives no reason in words.
 _INSTRUCTIONS = {

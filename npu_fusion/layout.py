@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
-from torch.utils._sympy.functions import Max
 
+from .torch_private import Max
 from .view.shapes import known_equal, known_ge, product, to_dim
 from .view.value import Dim
 

@@ -9,7 +9,15 @@ from typing import Any
 
 import sympy
 import torch
+from torch._C._dynamo.eval_frame import reset_code as reset_code
+from torch._dynamo.utils import counters as counters
+from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.utils._sympy.functions import FloorDiv as FloorDiv
+from torch.utils._sympy.functions import Max as Max
+from torch.utils._sympy.functions import Min as Min
+from torch.utils._sympy.functions import Mod as Mod
+from torch.utils._sympy.functions import PythonMod as PythonMod
 
 GraphCompiler = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 

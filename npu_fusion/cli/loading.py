@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
 
 from ..errors import UnsupportedInputError
+from ..torch_private import FakeTensorMode
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ATTENTIONS = ("sdpa", "eager")

@@ -9,9 +9,9 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Graph, Node
-from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
 from ..errors import NpuFusionError
+from ..torch_private import FloorDiv, Max, Min, Mod, PythonMod
 from .build import View
 from .shapes import known_equal, to_dim
 from .value import Dim, Value
