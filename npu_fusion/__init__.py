@@ -9,6 +9,7 @@ from .backend import npu_fusion_backend, register
 from .config import FusionConfig
 from .errors import ConfigError, NpuFusionError, ReportError, RuleError, UnsupportedInputError, VerificationError
 from .explain import explain
+from .lowerings import ascend as _ascend  # noqa: F401  registers its providers
 from .lowerings.inductor import inductor_options
 from .pipeline import fuse
 from .record import GraphRecord, Site

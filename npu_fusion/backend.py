@@ -81,7 +81,7 @@ class FusionBackend:
         made: list[GraphRecord] = []
 
         def new_record() -> GraphRecord:
-            made.append(GraphRecord(config=config, notes=list(lifted.notes), graph_break=break_reason(gm)))
+            made.append(GraphRecord(config, notes=list(lifted.notes), graph_break=break_reason(gm), dry_run=self.dry_run))
             return made[-1]
 
         def compile_inference(graph: GraphModule, inputs: Sequence[Any]) -> Boxed:
@@ -146,7 +146,7 @@ def _rewrite(gm: GraphModule, record: GraphRecord, real_inputs: Sequence[Any]) -
 
 
 def _rewrite_stages(gm: GraphModule, record: GraphRecord, real_inputs: Sequence[Any]) -> None:
-    from .lower import lower_graph
+    from .lower import elsewhere, lower_graph
     from .pipeline import fuse_graph
 
     config = record.config
@@ -156,7 +156,7 @@ def _rewrite_stages(gm: GraphModule, record: GraphRecord, real_inputs: Sequence[
             from .lowerings.inductor import expand_for_inductor
 
             expand_for_inductor(gm, record)
-        lower_graph(gm, config, record)
+        lower_graph(gm, config, record, reference_only=None if record.dry_run else elsewhere(gm, config))
     # Inductor makes writes functional again, and re-inplaces what it can by itself.
     if config.executor != "inductor":
         with _timed(record, "reinplace"):
@@ -223,7 +223,13 @@ def resolve(config: FusionConfig, gm: GraphModule, example_inputs: Sequence[Any]
     if target == "auto":
         tensors = [*example_inputs, *gm.parameters(), *gm.buffers()]
         target = _target_of({value.device.type for value in tensors if isinstance(value, Tensor)})
+        if config.emulate and target == "cpu":
+            target = EMULATED
     return dataclasses.replace(config, target=target, executor=resolve_executor(config.executor, target))
+
+
+EMULATED = "ascend910b"
+"""The target that `emulate=True` lowers for, where none is named."""
 
 
 def _target_of(devices: set[str]) -> str:

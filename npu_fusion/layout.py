@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import sympy
 import torch
@@ -99,3 +100,18 @@ def _rank(tensor: Tensor, dim: int) -> int:
     """How many dimensions have a larger stride for certain."""
     own = to_dim(tensor.stride(dim))
     return sum(known_ge(to_dim(stride), own) and not known_equal(to_dim(stride), own) for stride in tensor.stride())
+
+
+def emit_layout(emit: Callable[..., Node], node: Node, like: Tensor) -> Node | None:
+    """A copy of the node in the memory layout of `like`, of the same shape; None where that is not dense, or cannot be told.
+
+    Args:
+        emit: makes a node with metadata of a target and its arguments.
+    """
+    order = dims_by_stride(like)
+    if order is None:
+        return None
+    permuted = emit(aten.permute.default, node, order)
+    dense = emit(aten.clone.default, permuted, memory_format=torch.contiguous_format)
+    restored = emit(aten.permute.default, dense, sorted(range(len(order)), key=order.__getitem__))
+    return restored if same_strides(like, restored.meta["val"]) else None

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Node
 from torch.fx.node import map_arg
 
 from .semantic import NAMESPACE
+from .torch_private import FakeTensor
 from .view.shapes import to_dim, to_shape
 from .view.value import attribute_key
 
@@ -19,23 +21,37 @@ class Metadata:
     """Runs fake kernels in the fake mode of one graph."""
 
     def __init__(self, fake_mode: Any) -> None:
-        self._fake_mode = fake_mode
+        self.fake_mode = fake_mode
         self._known: dict[Hashable, Any] = {}
 
     def of(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`meta["val"]` of a call whose arguments hold nodes.
 
-        A semantic op's result aliases nothing and depends on its arguments' metadata alone: that of an equal call is the same.
+        A semantic op's result aliases nothing and depends on its arguments' metadata alone: that of an equal call is the same. So it is for
+        ops of a device's library that say in their schema that they neither write nor alias.
         """
         args, kwargs = map_arg((args, kwargs), _fake_argument)
-        with self._fake_mode:
-            if getattr(target, "namespace", None) != NAMESPACE:
+        with self.fake_mode:
+            if not _is_pure(target):
                 return target(*args, **kwargs)
             key = (target, _key(args), _key(tuple(sorted(kwargs.items()))))
             if key in self._known:
                 return _alike(self._known[key])
             self._known[key] = val = target(*args, **kwargs)
         return val
+
+    def of_constant(self, tensor: Tensor) -> Tensor:
+        """`meta["val"]` of a tensor that the graph owns."""
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        fake: Tensor = self.fake_mode.from_tensor(tensor, static_shapes=True)
+        return fake
+
+
+def _is_pure(target: Any) -> bool:
+    if not isinstance(target, OpOverload) or target.namespace in ("aten", "prims"):
+        return False
+    return target.namespace == NAMESPACE or all(value.alias_info is None for value in (*target._schema.arguments, *target._schema.returns))
 
 
 def _fake_argument(node: Node) -> Any:

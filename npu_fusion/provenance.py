@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+# What a node in place of others inherits from one of them.
+PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr", "from_node", "torch_fn")
+
 _FRAME = re.compile(r'^\s*File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
 _TORCH_ROOT = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _SELF = re.compile(r"""^(?:L|G)\[['"]\w+['"]\]\.?""")

@@ -77,6 +77,7 @@ class GraphRecord:
         weights: what supplies the merged weights that the graph takes as further inputs; None where there are none.
         graph_break: why Dynamo ended the graph before the function did; None where it did not.
         calls: how often the compiled graph ran.
+        dry_run: whether the graph is compiled to be looked at, for a target that need not be here, and never runs.
     """
 
     config: FusionConfig
@@ -89,3 +90,4 @@ class GraphRecord:
     weights: WeightMerger | None = None
     graph_break: str | None = None
     calls: int = 0
+    dry_run: bool = False

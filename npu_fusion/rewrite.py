@@ -19,9 +19,10 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from .layout import dims_by_stride, needs_layout, returned_memory, same_strides
+from .layout import emit_layout, needs_layout, returned_memory, same_strides
 from .match import Match, form_inputs
 from .metadata import Metadata
+from .provenance import PROVENANCE
 from .torch_private import fake_mode_of, unbacked_float
 from .verify import Check, make_check
 from .view import Literal, Value, View
@@ -29,8 +30,6 @@ from .view.materialize import Materializer
 from .view.shapes import same_shape, to_shape
 
 log = logging.getLogger(__name__)
-
-_KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr", "from_node", "torch_fn")
 
 
 @dataclass
@@ -250,16 +249,10 @@ class _Rewriter:
         before, after = old.meta["val"], new.meta["val"]
         if same_strides(before, after) or not needs_layout(old):
             return new
-        order = dims_by_stride(before)
-        if order is None:
+        laid_out = emit_layout(lambda target, *args, **kwargs: self._emit(target, args, kwargs), new, before)
+        if laid_out is None:
             raise _Rejected("its result would have another memory layout, on which something outside the graph may rely")
-        permuted = self._emit(torch.ops.aten.permute.default, (new, order), {})
-        dense = self._emit(torch.ops.aten.clone.default, (permuted,), {"memory_format": torch.contiguous_format})
-        inverse = sorted(range(len(order)), key=order.__getitem__)
-        restored = self._emit(torch.ops.aten.permute.default, (dense, inverse), {})
-        if not same_strides(before, restored.meta["val"]):
-            raise _Rejected("its result would have another memory layout, on which something outside the graph may rely")
-        return restored
+        return laid_out
 
     def _check_metadata(self, match: Match, old: Node, new: Node) -> None:
         before, after = old.meta["val"], new.meta["val"]
@@ -355,7 +348,7 @@ class _Rewriter:
         self.emitted.append(node)
         node.meta["val"] = self.metadata.of(target, args, kwargs)
         assert self.template is not None
-        node.meta.update({key: self.template.meta[key] for key in _KEPT_META if key in self.template.meta})
+        node.meta.update({key: self.template.meta[key] for key in PROVENANCE if key in self.template.meta})
         return node
 
 

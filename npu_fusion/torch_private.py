@@ -11,6 +11,7 @@ import sympy
 import torch
 from torch._C._dynamo.eval_frame import reset_code as reset_code
 from torch._dynamo.utils import counters as counters
+from torch._subclasses import FakeTensor as FakeTensor
 from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils._sympy.functions import FloorDiv as FloorDiv
@@ -224,6 +225,13 @@ def fake_mode_of(gm: GraphModule) -> Any:
 
     modes = (detect_fake_mode(node.meta.get("val", node.meta.get("example_value"))) for node in gm.graph.nodes)
     return next((mode for mode in modes if mode is not None), None)
+
+
+def without_fake() -> Any:
+    """A context in which tensors are real, whatever fake mode is in force."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()
 
 
 def lazy_graph_module(root: torch.nn.Module, graph: torch.fx.Graph) -> GraphModule:

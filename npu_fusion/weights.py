@@ -36,7 +36,7 @@ from torch.fx.node import map_arg
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import torch_private
-from .provenance import module_of
+from .provenance import PROVENANCE, module_of
 from .view.shapes import same_shape, to_shape
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,6 @@ aten = torch.ops.aten
 ALIGNMENT = 16  # bytes: every linear's part of the result starts where kernels can read whole vectors
 _VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default})
 _SAME = _VIEWS | {aten.clone.default, aten.alias.default, aten.detach.default}
-_KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr", "from_node", "torch_fn")
 
 
 # -------------------------------------------------------------------- finding linears
@@ -258,7 +257,7 @@ class _Emitter:
     def _emit(self, target: OpOverload, args: tuple[Any, ...], origin: _Linear) -> Node:
         node = self.graph.call_function(target, args)
         node.meta["val"] = self._run(target, args, {})
-        node.meta.update({key: origin.node.meta[key] for key in _KEPT_META if key in origin.node.meta})
+        node.meta.update({key: origin.node.meta[key] for key in PROVENANCE if key in origin.node.meta})
         return node
 
     def finish(self) -> None:

@@ -107,10 +107,11 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(module, "REQUIREMENTS", tmp_path / "requirements.txt")
-    module.REQUIREMENTS.write_text("torch==2.13.0\n")
+    monkeypatch.setattr(module, "REQUIREMENTS", {name: tmp_path / f"{name}.txt" for name in ("main", "npu")})
+    module.REQUIREMENTS["main"].write_text("torch==2.13.0\n")
+    module.REQUIREMENTS["npu"].write_text("torch==2.13.0\ntorch_npu==2.13.0\n")
 
-    def build(folder: Path) -> None:
+    def build(folder: Path, requirements: Path) -> None:
         time.sleep(0.2)  # long enough for other callers to arrive
         (folder / "bin").mkdir(parents=True)
         (folder / "bin" / "python").touch()
@@ -132,14 +133,28 @@ def test_environment_is_built_once_for_parallel_callers(environment: ModuleType,
 
 def test_environment_is_another_for_other_requirements(environment: ModuleType) -> None:
     first = environment.ensure()
-    environment.REQUIREMENTS.write_text("torch==2.11.0\n")
+    environment.REQUIREMENTS["main"].write_text("torch==2.11.0\n")
     second = environment.ensure()
-    assert first != second
+    npu = environment.ensure("npu")
+    assert len({first, second, npu}) == 3
     assert first.exists()
 
 
+def test_an_existing_python_stands_in_for_an_environment(
+    environment: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["environment.py", "npu"])
+    monkeypatch.setenv("NPU_FUSION_NPU_PYTHON", "elsewhere/python")
+    environment.main()
+    assert capsys.readouterr().out == "elsewhere/python\n"
+    assert not (tmp_path / "builds").exists()
+    monkeypatch.delenv("NPU_FUSION_NPU_PYTHON")
+    environment.main()
+    assert capsys.readouterr().out == f"{environment.ensure('npu')}\n"
+
+
 def test_half_a_build_is_not_used(environment: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(folder: Path) -> None:
+    def interrupted(folder: Path, requirements: Path) -> None:
         (folder / "bin").mkdir(parents=True)
         (folder / "bin" / "python").touch()
         raise KeyboardInterrupt

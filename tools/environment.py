@@ -1,12 +1,16 @@
-"""Prints the path of a Python that has what tools/requirements.txt lists, after building its environment where that is not done yet.
+"""Prints the path of a Python that has what a requirements file lists, after building its environment where that is not done yet.
 
-The environment lies outside the clone, in `${XDG_CACHE_HOME:-~/.cache}/npu-fusion/<key>`, and is shared by all clones with the same
+    python3 tools/environment.py         what the package needs and what tests it: tools/requirements.txt
+    python3 tools/environment.py npu     the same with torch_npu, for the virtual NPU of tests/virtual_npu: tools/requirements-npu.txt
+
+An environment lies outside the clone, in `${XDG_CACHE_HOME:-~/.cache}/npu-fusion/<key>`, and is shared by all clones with the same
 requirements, Python and machine type. The package itself is not in it: one clone's code must not be seen by another (tools/run adds the
 clone it stands in). Needs the standard library of Python 3.10 or newer (PYTHON=python3.x names another); all but the path goes to stderr.
 """
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import os
@@ -18,7 +22,9 @@ import sysconfig
 import venv
 from pathlib import Path
 
-REQUIREMENTS = Path(__file__).resolve().parent / "requirements.txt"
+HERE = Path(__file__).resolve().parent
+REQUIREMENTS = {"main": HERE / "requirements.txt", "npu": HERE / "requirements-npu.txt"}
+OVERRIDES = {"main": "NPU_FUSION_PYTHON", "npu": "NPU_FUSION_NPU_PYTHON"}  # variables that name an existing environment's Python
 
 
 def cache_root() -> Path:
@@ -26,38 +32,45 @@ def cache_root() -> Path:
     return Path(base) / "npu-fusion"
 
 
-def key() -> str:
+def key(requirements: Path) -> str:
     """What decides whether two clones can share an environment: the requirements, and the Python that would be in it."""
     version = f"{platform.python_implementation()} {platform.python_version()} {sysconfig.get_platform()} {sys.base_prefix}"
-    return hashlib.sha256(version.encode() + REQUIREMENTS.read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(version.encode() + requirements.read_bytes()).hexdigest()[:16]
 
 
-def build(folder: Path) -> None:
+def build(folder: Path, requirements: Path) -> None:
     """Make the virtual environment in `folder`."""
     print(f"npu-fusion: building the environment in {folder} (once; a few minutes)", file=sys.stderr, flush=True)
     venv.create(folder, with_pip=True, symlinks=True)
     install = [str(folder / "bin" / "python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
-    subprocess.run([*install, "--requirement", str(REQUIREMENTS)], check=True, stdout=sys.stderr)
+    subprocess.run([*install, "--requirement", str(requirements)], check=True, stdout=sys.stderr)
 
 
-def ensure() -> Path:
-    """The environment's Python. Parallel callers wait for the one that builds; `complete` comes last, so half a build is never used."""
-    root = cache_root()
+def ensure(name: str = "main") -> Path:
+    """The Python of an environment. Parallel callers wait for the one that builds; `complete` comes last, so half a build is never used."""
+    requirements, root = REQUIREMENTS[name], cache_root()
     root.mkdir(parents=True, exist_ok=True)
-    folder = root / key()
+    folder = root / key(requirements)
     complete = folder / "complete"
     if not complete.exists():
         with (root / f"{folder.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not complete.exists():
                 shutil.rmtree(folder, ignore_errors=True)  # what an attempt that was cut short left there
-                build(folder)
+                build(folder, requirements)
                 complete.touch()
     return folder / "bin" / "python"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print the path of an environment's Python, after building it where need be.")
+    parser.add_argument("name", nargs="?", default="main", choices=REQUIREMENTS)
+    name: str = parser.parse_args().name
     try:
-        print(ensure())
+        print(os.environ.get(OVERRIDES[name]) or ensure(name))
     except subprocess.CalledProcessError as error:
-        sys.exit(f"npu-fusion: pip failed ({error.returncode}). NPU_FUSION_PYTHON names an existing environment's Python to use instead.")
+        sys.exit(f"npu-fusion: pip failed ({error.returncode}). {OVERRIDES[name]} names an existing environment's Python to use instead.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Ascend providers: attention (in progress)."""

@@ -1,0 +1,1 @@
+"""Ascend providers: cache (in progress)."""

@@ -1,0 +1,12 @@
+"""CPU kernels of the Ascend ops: importing this package registers one for every op of the table, under dispatch key CPU.
+
+They follow the operators' documents and kernel sources, not our use of them: accumulation in fp32, the points where the operator rounds,
+defaults, optional outputs, layouts. Every argument of a schema is honoured, or refused with an `EmulationError` that names it.
+
+Where torch_npu is not installed the ops' fake kernels are registered as well.
+"""
+
+from . import attention, cache, glu, matmul, norm, rope
+from .registry import EmulationError, emulated_ops
+
+__all__ = ["EmulationError", "attention", "cache", "emulated_ops", "glu", "matmul", "norm", "rope"]

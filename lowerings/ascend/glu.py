@@ -1,0 +1,1 @@
+"""Ascend providers: glu (in progress)."""

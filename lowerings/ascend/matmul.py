@@ -1,0 +1,1 @@
+"""Ascend providers: matmul (in progress)."""

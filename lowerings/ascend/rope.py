@@ -1,0 +1,1 @@
+"""Ascend providers: rope (in progress)."""
