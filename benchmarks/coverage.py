@@ -9,6 +9,7 @@ pass left it) with eager's, both against float64.
     python benchmarks/coverage.py --arch llama --arch mamba    # these only
     python benchmarks/coverage.py --sample 10 --seed 3 --budget 600
     python benchmarks/coverage.py --write-only                 # the document from what is measured
+    python benchmarks/coverage.py --target ascend910b          # lowered for Ascend, run through the CPU kernels of its ops
 
 Results are kept, one JSON line each, outside the checkout, so that the run can be stopped at any time and resumed. A result counts as
 measured as long as the package's code is what it was. Every architecture runs in a process of its own: a crash or a hang costs one cell.
@@ -36,6 +37,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES, SHAPES, PHASES, ATTENTION = ("bf16", "fp32"), ("static", "dynamic"), ("prefill", "decode"), ("sdpa", "eager")
+HERE, TARGETS = "cpu", ("ascend910b", "ascend910_93", "ascend950")
 BATCH, SEQUENCE = 2, 16
 WORKER = [sys.executable, __file__, "--worker"]
 
@@ -49,9 +51,10 @@ class Cell:
     shapes: str
     phase: str
     attention: str
+    target: str = HERE
 
     def __str__(self) -> str:
-        return "-".join((self.arch, self.dtype, self.shapes, self.phase, self.attention))
+        return "-".join((self.arch, self.dtype, self.shapes, self.phase, self.attention, *([] if self.target == HERE else [self.target])))
 
 
 @dataclass
@@ -65,6 +68,8 @@ class Result:
         detail: the error, where there is one.
         executed, covered: idiom to sites, in an eager pass and in the report of the compiled one.
         reasons: idiom to the report's reasons for its misses, with how often each is given.
+        lowered: semantic op to what runs for it, with how many calls.
+        passed_over: op, provider and reason of the better providers that could not take a call, with how many sites.
         error, eager_error, allowed: relative rms errors against float64, of the output that comes nearest to its bound.
         notes: what the report says of whole graphs, graph breaks among it.
         seconds: what the cell took.
@@ -77,6 +82,8 @@ class Result:
     executed: dict[str, int] = field(default_factory=dict)
     covered: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, dict[str, int]] = field(default_factory=dict)
+    lowered: dict[str, dict[str, int]] = field(default_factory=dict)
+    passed_over: dict[str, int] = field(default_factory=dict)
     error: float = 0.0
     eager_error: float = 0.0
     allowed: float = 0.0
@@ -98,7 +105,7 @@ def measure(cell: Cell, code: str = "") -> Result:
 
     from tests.models import zoo
 
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cell.dtype]
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[cell.dtype]
     result = Result(cell, code, "ok")
     try:
         model = zoo.build(cell.arch, dtype, cell.attention)
@@ -132,7 +139,8 @@ def _compiled_run(cell: Cell, model: Any, inputs: dict[str, Any], result: Result
     compiled: list[Any] = []
 
     def wrap(module: Any) -> Any:
-        compiled.append(torch.compile(module, backend="npu_fusion", dynamic=cell.shapes == "dynamic"))
+        options = {} if cell.target == HERE else {"target": cell.target, "emulate": True}
+        compiled.append(torch.compile(module, backend="npu_fusion", dynamic=cell.shapes == "dynamic", options=options))
         return compiled[0]
 
     torch.compiler.reset()
@@ -143,6 +151,13 @@ def _compiled_run(cell: Cell, model: Any, inputs: dict[str, Any], result: Result
         reasons = result.reasons.setdefault(site.idiom, {})
         reason = site.reason or "no reason given"
         reasons[reason] = reasons.get(reason, 0) + 1
+    calls = {(site.op or "?", site.call): site for site in report.sites if site.fused}
+    for (op, _), site in calls.items():
+        providers = result.lowered.setdefault(op, {})
+        providers[site.lowered_to or "?"] = providers.get(site.lowered_to or "?", 0) + 1
+        if site.reason:
+            line = f"{op} → {site.lowered_to}: {site.reason}"
+            result.passed_over[line] = result.passed_over.get(line, 0) + 1
     result.notes = [*report.notes, *(f"graph break: {line}" for line in report.graph_breaks)]
     result.notes += [f"rule {name} failed: {error}" for name, error in report.rule_errors.items()]
     return logits
@@ -182,7 +197,7 @@ def code_version() -> str:
 
     digest = hashlib.sha256()
     folders = [ROOT / name for name in ("npu_fusion", "patterns", "lowerings", "kernels", "tests/models")]
-    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+    for path in sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".toml")):
         digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return f"torch {version('torch')}, transformers {version('transformers')}, sources {digest.hexdigest()[:12]}"
 
@@ -261,7 +276,7 @@ def select_cells(options: argparse.Namespace) -> dict[str, list[Cell]]:
     if options.sample:
         names = sorted(random.Random(options.seed).sample(names, min(options.sample, len(names))))
     axes = (options.dtype or DTYPES, options.shapes or SHAPES, options.phase or PHASES, options.attn or ATTENTION)
-    return {name: [Cell(name, *axis) for axis in itertools.product(*axes)] for name in names}
+    return {name: [Cell(name, *axis, options.target) for axis in itertools.product(*axes)] for name in names}
 
 
 def run_all(cells: dict[str, list[Cell]], state: State, timeout: float, budget: float, jobs: int) -> None:
@@ -294,7 +309,8 @@ def main() -> None:
     parser.add_argument("--arch", action="append", default=[], help="a model_type; may be given several times; all by default")
     parser.add_argument("--sample", type=int, help="this many architectures, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing")
-    parser.add_argument("--dtype", action="append", choices=DTYPES)
+    parser.add_argument("--target", choices=(HERE, *TARGETS), default=HERE, help="lower for this one, and emulate its ops on the CPU")
+    parser.add_argument("--dtype", action="append", choices=(*DTYPES, "fp16"))
     parser.add_argument("--shapes", action="append", choices=SHAPES)
     parser.add_argument("--phase", action="append", choices=PHASES)
     parser.add_argument("--attn", action="append", choices=ATTENTION)
@@ -302,7 +318,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no architecture is begun")
     parser.add_argument("--jobs", type=int, default=1, help="architectures measured at a time")
     parser.add_argument("--state", type=Path, default=default_state(), help="where results are kept (%(default)s)")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "coverage.md")
+    parser.add_argument("--output", type=Path, help="docs/coverage.md, or docs/coverage-TARGET.md")
     parser.add_argument("--write-only", action="store_true", help="measure nothing, write the document from all results in the state")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -314,8 +330,10 @@ def main() -> None:
     state = State(options.state, None if options.write_only else code_version())
     if not options.write_only:
         run_all(select_cells(options), state, options.timeout, options.budget, options.jobs)
-    options.output.write_text(document(list(state.results.values())))
-    print(f"wrote {options.output} from {len(state.results)} results")
+    results = [result for result in state.results.values() if result.cell.target == options.target]
+    output = options.output or ROOT / "docs" / ("coverage.md" if options.target == HERE else f"coverage-{options.target}.md")
+    output.write_text(document(results))
+    print(f"wrote {output} from {len(results)} results")
 
 
 if __name__ == "__main__":

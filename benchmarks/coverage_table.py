@@ -36,6 +36,11 @@ a tiny random model, in bfloat16 and float32, with static and dynamic shapes, pr
 - Architectures put together from a text model and others are represented by the text model.
 """
 
+_LOWERED = """\
+Here the fused ops are lowered for {target} and run as its ops (`torch.ops.npu.*`), through their CPU kernels
+(`npu_fusion.lowerings.ascend.emulation`): these figures say that the lowering computes the right numbers, not that a device ran it.
+"""
+
 
 def document(results: Sequence[Result]) -> str:
     """The whole of docs/coverage.md."""
@@ -44,11 +49,13 @@ def document(results: Sequence[Result]) -> str:
     measured = [result for result in results if result.status in ("ok", "wrong")]
     parts = [
         INTRODUCTION.format(factor=EAGER_FACTOR),
+        *(_LOWERED.format(target=target) for target in sorted({result.cell.target for result in results} - {"cpu"})),
         f"Measured with {'; '.join(sorted({result.code for result in results}))}: {_summary(results)}.",
         "## Totals",
         _totals(measured),
         "## By configuration",
         _by_configuration(measured),
+        *(["## What runs", _providers(measured)] if any(result.cell.target != "cpu" for result in results) else []),
         "## Why sites were missed",
         _reasons(measured),
         "## More covered than executed",
@@ -121,6 +128,27 @@ def _by_configuration(results: Sequence[Result]) -> str:
             chosen = [result for result in results if axis(result) == value]
             rows.append([f"{name}: {value}", *(_percent(*counts(chosen, column)) for column in COLUMNS)])
     return _table(["", *COLUMNS], rows)
+
+
+def _providers(results: Sequence[Result]) -> str:
+    """What the semantic ops were lowered to, and why better providers were passed over."""
+    calls: Counter[tuple[str, str]] = Counter()
+    reasons: Counter[str] = Counter()
+    where: defaultdict[str, set[str]] = defaultdict(set)
+    for result in results:
+        for op, providers in result.lowered.items():
+            for provider, count in providers.items():
+                calls[op, provider] += count
+        for line, count in result.passed_over.items():
+            reasons[line] += count
+            where[line].add(result.cell.arch)
+    totals: Counter[str] = Counter()
+    for (op, _), count in calls.items():
+        totals[op] += count
+    rows = [[op, provider, str(count), _percent(count, totals[op])] for (op, provider), count in sorted(calls.items())]
+    passed = [[_escape(line), str(count), _some(where[line])] for line, count in reasons.most_common()]
+    table = _table(["semantic op", "runs as", "calls", ""], rows)
+    return f"{table}\n\nProviders that were passed over:\n\n{_table(['call', 'sites', 'architectures'], passed)}" if passed else table
 
 
 def _reasons(results: Sequence[Result]) -> str:

@@ -364,12 +364,12 @@ def _rule_text(rule: Any) -> str | None:
 
 @cache
 def _code_hash() -> str:
-    """A hash of this package's source, rules and lowerings included."""
+    """A hash of this package's source, rules, lowerings and tables of ops included."""
     package = Path(lift.__file__).parent
     digest = hashlib.sha256()
     for folder, folders, files in os.walk(package, followlinks=True):
         folders.sort()
         for name in sorted(files):
-            if name.endswith(".py"):
+            if name.endswith((".py", ".toml")):
                 digest.update(Path(folder, name).read_bytes())
     return digest.hexdigest()

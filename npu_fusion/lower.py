@@ -42,7 +42,10 @@ REFERENCE = "reference"
 
 
 class Refused(Exception):
-    """A provider cannot take a call; the message is the reason, in words for the model's author."""
+    """A provider cannot take a call; the message is the reason, in words for the model's author.
+
+    Without a message the call is no business of the provider's: nothing is worth saying of it.
+    """
 
 
 class Arguments:
@@ -144,6 +147,11 @@ class Builder:
         if not condition:
             self.refuse(reason)
 
+    def only_if(self, condition: bool) -> None:
+        """Pass the call over in silence unless `condition`: it is of a form that is another provider's business."""
+        if not condition:
+            raise Refused
+
     # ---------------------------------------------------------------- what is known
 
     def val(self, node: Node) -> Tensor:
@@ -204,7 +212,7 @@ class Builder:
         return node if self.val(node).dtype == dtype else self.emit(aten._to_copy.default, node, dtype=dtype)
 
     def constant(self, key: Hashable, make: Callable[[], Tensor]) -> Node:
-        """A tensor that the graph owns, made by `make` once a graph for each `key`. In a dry run, whose device may be absent, it is fake."""
+        """A tensor that the graph owns, made by `make` once a graph for each `key`; fake in a dry run, whose device may be absent."""
         name = self._constants.get(key)
         if name is None:
             with self._metadata.fake_mode if self._dry_run else without_fake():
@@ -307,7 +315,8 @@ def _lower(builder: Builder, node: Node, op: SemanticOp, providers: Iterable[Pro
         reason = _try(builder, node, op, provider, record)
         if reason is None:
             return provider.name, "; ".join(passed_over) or None
-        passed_over.append(f"{provider.name}: {reason}")
+        if reason:
+            passed_over.append(f"{provider.name}: {reason}")
     return REFERENCE, "; ".join(passed_over) or None
 
 

@@ -78,7 +78,9 @@ def test_wheel_and_sdist_hold_the_linked_folders(tmp_path: Path) -> None:
     run = _python("-c", code, str(tmp_path), path=source)
     assert run.returncode == 0, run.stderr
 
-    expected = {f"npu_fusion/{path.relative_to(ROOT)}" for name in LINKED for path in (ROOT / name).rglob("*.py")}
+    expected = {
+        f"npu_fusion/{path.relative_to(ROOT)}" for name in LINKED for path in (ROOT / name).rglob("*") if path.suffix in (".py", ".toml")
+    }
     expected |= {"npu_fusion/__init__.py", "npu_fusion/py.typed", "npu_fusion/cli/__init__.py"}
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "npu_fusion" / "templates").iterdir()}
     (wheel,) = tmp_path.glob("*.whl")

@@ -1,8 +1,8 @@
 """Makes the ops of the table exist as `torch.ops.npu.*`.
 
-Where torch_npu is installed its own schemas are used. Elsewhere the ops are defined from the table's schema lines, with our fake kernels, so
-that a graph can be compiled for an Ascend target that is not here. The two do not mix: torch_npu, imported after somebody else defined its
-schemas, ends the process. So it is imported first, wherever it is installed.
+Where torch_npu is installed its own schemas are used. Elsewhere the ops are defined from the table's schema lines, with our fake kernels,
+so that a graph can be compiled for an Ascend target that is not here. The two do not mix: torch_npu, imported after somebody else defined
+its schemas, ends the process. So it is imported first, wherever it is installed.
 """
 
 from __future__ import annotations

@@ -43,27 +43,30 @@ def _rounds_before_weight(b: Builder, a: Arguments, dtype: torch.dtype) -> torch
     return dtype if a.round_dtype == dtype else a.round_dtype  # type: ignore[no-any-return]
 
 
+def _normalised(b: Builder, a: Arguments, npu: Npu, x: Node, out_dtype: torch.dtype, *, gemma: bool) -> Node:
+    """The norm of x by one op, in the wider of the dtypes of x and of the result; a narrower result is rounded after it."""
+    b.only_if(a.weight_offset == gemma)
+    x = b.cast(x, torch.promote_types(b.val(x).dtype, out_dtype))
+    dtype = b.val(x).dtype
+    keeps_rounding(b, None, _rounds_before_weight(b, a, dtype), "the normalised x before the weight")
+    if gemma:
+        weight = a.weight if dtype in _HALVES else b.cast(a.weight, dtype)
+        y, _ = npu("npu::npu_gemma_rms_norm", x, weight, a.eps)
+    else:
+        y, _ = npu("npu::npu_rms_norm", x, _weight(b, x, a.weight), a.eps)
+    return b.cast(y, out_dtype)
+
+
 @provides("rms_norm", "npu::npu_rms_norm")
 def rms_norm(b: Builder, a: Arguments, npu: Npu) -> Node:
     """x * rsqrt(mean(x^2) + eps) * weight."""
-    b.require(a.weight_offset == 0, "it scales by the weight, the model by 1 + weight")
-    x = b.cast(a.x, a.out_dtype or b.val(a.x).dtype)
-    _widens_only(b, a.x, x)
-    keeps_rounding(b, None, _rounds_before_weight(b, a, b.val(x).dtype), "the normalised x")
-    y, _ = npu("npu::npu_rms_norm", x, _weight(b, x, a.weight), a.eps)
-    return y  # type: ignore[no-any-return]
+    return _normalised(b, a, npu, a.x, a.out_dtype or b.val(a.x).dtype, gemma=False)
 
 
 @provides("rms_norm", "npu::npu_gemma_rms_norm")
 def gemma_rms_norm(b: Builder, a: Arguments, npu: Npu) -> Node:
     """x * rsqrt(mean(x^2) + eps) * (1 + weight)."""
-    b.require(a.weight_offset == 1, "it scales by 1 + weight, the model by the weight")
-    x = b.cast(a.x, a.out_dtype or b.val(a.x).dtype)
-    _widens_only(b, a.x, x)
-    keeps_rounding(b, None, _rounds_before_weight(b, a, b.val(x).dtype), "the normalised x")
-    weight = a.weight if b.val(x).dtype in _HALVES else b.cast(a.weight, b.val(x).dtype)
-    y, _ = npu("npu::npu_gemma_rms_norm", x, weight, a.eps)
-    return y  # type: ignore[no-any-return]
+    return _normalised(b, a, npu, a.x, a.out_dtype or b.val(a.x).dtype, gemma=True)
 
 
 @provides("rms_norm", "npu::npu_rms_norm", rank=1)
@@ -98,12 +101,6 @@ def _grouped(b: Builder, x: Node, weight: Node | None, a: Arguments, npu: Npu) -
     return y if weight is None else b.emit(aten.mul.Tensor, y, weight)
 
 
-def _widens_only(b: Builder, x: Node, cast: Node) -> None:
-    """A cast before the norm in place of one after it must not lose anything."""
-    before, after = b.val(x).dtype, b.val(cast).dtype
-    b.require(before == after or after == torch.float32, f"it gives {before}, the model {after}")
-
-
 # -------------------------------------------------------------------- residual sums
 
 
@@ -130,7 +127,7 @@ def _keeps_sum(b: Builder, a: Arguments, dtype: torch.dtype) -> None:
 @provides("add_rms_norm", "npu::npu_add_rms_norm")
 def add_rms_norm(b: Builder, a: Arguments, npu: Npu) -> list[Node]:
     """s = x + residual, and s * rsqrt(mean(s^2) + eps) * weight."""
-    b.require(a.weight_offset == 0, "it scales by the weight, the model by 1 + weight")
+    b.only_if(a.weight_offset == 0)
     x, residual = _sum_args(b, a)
     dtype = b.val(x).dtype
     if dtype in _HALVES and a.weight is not None:
@@ -145,7 +142,7 @@ def add_rms_norm(b: Builder, a: Arguments, npu: Npu) -> list[Node]:
 @provides("add_rms_norm", "npu::npu_add_rms_norm_cast", rank=1)
 def add_rms_norm_cast(b: Builder, a: Arguments, npu: Npu) -> list[Node]:
     """As add_rms_norm, for models that multiply the weight in fp32: one launch, whose fp32 result is not used."""
-    b.require(a.weight_offset == 0, "it scales by the weight, the model by 1 + weight")
+    b.only_if(a.weight_offset == 0)
     x, residual = _sum_args(b, a)
     dtype = b.val(x).dtype
     keeps_rounding(b, None, _rounds_before_weight(b, a, dtype), "the normalised sum before the weight")
@@ -170,25 +167,14 @@ def _sum(b: Builder, a: Arguments) -> Node:
 def add_then_rms_norm(b: Builder, a: Arguments, npu: Npu) -> list[Node]:
     """The sum and the norm apart: what rounds or types otherwise than the fused op does."""
     total = _sum(b, a)
-    b.require(a.weight_offset == 0, "it scales by the weight, the model by 1 + weight")
-    x = b.cast(total, a.out_dtype or b.val(total).dtype)
-    _widens_only(b, total, x)
-    keeps_rounding(b, None, _rounds_before_weight(b, a, b.val(x).dtype), "the normalised sum before the weight")
-    y, _ = npu("npu::npu_rms_norm", x, _weight(b, x, a.weight), a.eps)
-    return [y, total]
+    return [_normalised(b, a, npu, total, a.out_dtype or b.val(total).dtype, gemma=False), total]
 
 
 @provides("add_rms_norm", "npu::npu_gemma_rms_norm", rank=2, name="aten.add + npu.npu_gemma_rms_norm")
 def add_then_gemma_rms_norm(b: Builder, a: Arguments, npu: Npu) -> list[Node]:
     """The sum, and the norm of it times (1 + weight)."""
     total = _sum(b, a)
-    b.require(a.weight_offset == 1, "it scales by 1 + weight, the model by the weight")
-    x = b.cast(total, a.out_dtype or b.val(total).dtype)
-    _widens_only(b, total, x)
-    keeps_rounding(b, None, _rounds_before_weight(b, a, b.val(x).dtype), "the normalised sum before the weight")
-    weight = a.weight if b.val(x).dtype in _HALVES else b.cast(a.weight, b.val(x).dtype)
-    y, _ = npu("npu::npu_gemma_rms_norm", x, weight, a.eps)
-    return [y, total]
+    return [_normalised(b, a, npu, total, a.out_dtype or b.val(total).dtype, gemma=True), total]
 
 
 # -------------------------------------------------------------------- others
@@ -199,9 +185,9 @@ def l2_norm(b: Builder, a: Arguments, npu: Npu) -> Node:
     """x / sqrt(sum(x^2) + eps) * scale, as the RMS norm with eps / H and the constant weight scale / sqrt(H)."""
     b.require(a.eps_mode == "add", "eps is a lower limit of the divisor there, it adds eps to the mean square")
     b.require(isinstance(a.eps, float), "eps is known at run time only")
-    x = b.cast(a.x, a.out_dtype or b.val(a.x).dtype)
-    _widens_only(b, a.x, x)
+    out_dtype = a.out_dtype or b.val(a.x).dtype
+    x = b.cast(a.x, torch.promote_types(b.val(a.x).dtype, out_dtype))
     size = b.val(x).shape[-1]
     weight = _filled(b, x, a.scale / math.sqrt(size), torch.float32)
     y, _ = npu("npu::npu_rms_norm", x, weight, a.eps / size)
-    return y  # type: ignore[no-any-return]
+    return b.cast(y, out_dtype)
