@@ -11,16 +11,29 @@ number elsewhere. Sizes may be symbolic, and what is not provable is not assumed
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import sympy
 import torch
 
+from .affine import (
+    ALWAYS,
+    KEY,
+    NEVER,
+    ONE,
+    QUERY,
+    Affine,
+    Condition,
+    Index,
+    IntegerReader,
+    at_least,
+    bounded,
+    constant_of,
+    operand_index,
+    through_view,
+)
 from .view.canon import number_of
 from .view.shapes import known_equal
-from .view.value import Dim, Shape, Value
+from .view.value import Dim, Value
 
 # A fill this low, or the lowest of the type, leaves a hidden key no weight beside any visible one. Softer masks are biases.
 LOWEST_BIAS = -1e9
@@ -33,33 +46,6 @@ class Structure:
     is_causal: bool = False
     causal_offset: Dim = 0
     window: Dim = 0
-
-
-@dataclass(frozen=True)
-class Affine:
-    """`query * i + key * j + constant`."""
-
-    query: int
-    key: int
-    constant: Dim
-
-    def plus(self, other: Affine) -> Affine:
-        return Affine(self.query + other.query, self.key + other.key, self.constant + other.constant)
-
-    def times(self, factor: int) -> Affine:
-        return Affine(self.query * factor, self.key * factor, self.constant * factor)
-
-    @property
-    def is_constant(self) -> bool:
-        return self.query == 0 and self.key == 0
-
-
-Condition = frozenset[Affine]  # all of them are >= 0
-Index = Affine | None  # None: an index about which nothing is known (batch, head)
-ALWAYS: Condition = frozenset()
-NEVER: Condition = frozenset({Affine(0, 0, -1)})
-_ZERO, _ONE = Affine(0, 0, 0), Affine(0, 0, 1)
-_QUERY, _KEY = Affine(1, 0, 0), Affine(0, 1, 0)
 
 
 def structure_of(mask: Value, query_len: Dim, kv_len: Dim) -> Structure | None:
@@ -75,7 +61,7 @@ def structure_of(mask: Value, query_len: Dim, kv_len: Dim) -> Structure | None:
     if mask.ndim == 0 or mask.dtype is None:
         return None
     reader = _Reader()
-    at: tuple[Index, ...] = _bounded((*[None] * mask.ndim, _QUERY, _KEY)[-mask.ndim :], mask.shape)
+    at: tuple[Index, ...] = bounded((*[None] * mask.ndim, QUERY, KEY)[-mask.ndim :], mask.shape)
     fill = -math.inf
     if mask.dtype is torch.bool:
         visible = reader.condition(mask, at)
@@ -128,9 +114,9 @@ def _structure(visible: Condition, query_len: Dim, kv_len: Dim) -> Structure | N
         return Structure() if offset is None else Structure(True, offset)
     if offset is not None:
         window = offset - first + 1
-        return Structure(True, offset, window) if _at_least(window, 1) else None
+        return Structure(True, offset, window) if at_least(window, 1) else None
     # A window alone: hides j <= i + offset - window, for whichever offset.
-    return Structure(False, 0, 1 - first) if _at_least(0, first) else Structure(False, first, 1)
+    return Structure(False, 0, 1 - first) if at_least(0, first) else Structure(False, first, 1)
 
 
 def _always_holds(term: Affine, query_len: Dim, kv_len: Dim) -> bool:
@@ -139,44 +125,30 @@ def _always_holds(term: Affine, query_len: Dim, kv_len: Dim) -> bool:
     for factor, size in ((term.query, query_len), (term.key, kv_len)):
         if factor < 0:
             least = least + factor * (size - 1)
-    return _at_least(least, 0)
+    return at_least(least, 0)
 
 
 def _tightest(bounds: list[Dim], low: bool) -> Dim | None:
     """The smallest (or largest) of the bounds, if one provably is."""
     for bound in bounds:
-        if all(_at_least(other, bound) if low else _at_least(bound, other) for other in bounds):
+        if all(at_least(other, bound) if low else at_least(bound, other) for other in bounds):
             return bound
     return None
 
 
 def _every_query_sees_a_key(structure: Structure, query_len: Dim, kv_len: Dim) -> bool:
     offset, window = structure.causal_offset, structure.window
-    if structure.is_causal and not _at_least(offset, 0):
+    if structure.is_causal and not at_least(offset, 0):
         return False
     first_of_last_query = query_len - 1 + offset - window + 1
-    return structure.window == 0 or _at_least(kv_len - 1, first_of_last_query)
+    return structure.window == 0 or at_least(kv_len - 1, first_of_last_query)
 
 
 # -------------------------------------------------------------------- reading values
 
 
-class _Reader:
+class _Reader(IntegerReader):
     """Evaluates values at one symbolic index."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, Value, tuple[Index, ...]], Any] = {}
-
-    def _once(self, kind: str, read: Callable[[Value, tuple[Index, ...]], Any], value: Value, at: tuple[Index, ...]) -> Any:
-        key = (kind, value, at)
-        if key not in self._known:
-            self._known[key] = read(value, at)
-        return self._known[key]
-
-    def integer(self, value: Value, at: tuple[Index, ...]) -> Affine | None:
-        """The integer at an index, as an affine expression."""
-        found: Affine | None = self._once("integer", self._integer, value, at)
-        return found
 
     def condition(self, value: Value, at: tuple[Index, ...]) -> Condition | None:
         """When the boolean at an index is true."""
@@ -188,85 +160,42 @@ class _Reader:
         found: tuple[Condition, float] | None = self._once("additive", self._additive, value, at)
         return found
 
-    # ---------------------------------------------------------------- integers
-
-    def _integer(self, value: Value, at: tuple[Index, ...]) -> Affine | None:
-        if value.op == "sym":
-            return Affine(0, 0, value.attrs["expr"])
-        number = _constant(value)
-        if number is not None:
-            return Affine(0, 0, int(number)) if float(number).is_integer() else None
-        if value.dtype is None or value.dtype.is_floating_point or value.dtype in (torch.bool, torch.uint8):
-            return None
-        if value.op == "arange":
-            return self._arange(value, at)
-        if value.op == "index":
-            return self._indexed(value, at)
-        if value.op == "cast":
-            return self.integer(value.args[0], at) if value.args[0].dtype is not torch.bool else None
-        if value.op in ("add", "sub", "mul", "neg"):
-            operands = [self.integer(arg, _operand_index(arg, at)) for arg in value.args]
-            return _arithmetic(value.op, [x for x in operands if x is not None]) if None not in operands else None
-        inner = _through_view(value, at)
-        return None if inner is None else self.integer(*inner)
-
-    def _arange(self, value: Value, at: tuple[Index, ...]) -> Affine | None:
-        names = [name[1:] if name.startswith("@") else name for name in value.attrs]
-        symbolic = iter(value.args)
-        given = {name: next(symbolic) if f"@{name}" in value.attrs else value.attrs[name] for name in names}
-        start, step = (self._bound(given.get(name, default)) for name, default in (("start", 0), ("step", 1)))
-        if start is None or step is None or not isinstance(step.constant, int) or at[0] is None:
-            return None
-        return at[0].times(step.constant).plus(start)
-
-    def _bound(self, bound: Any) -> Affine | None:
-        if isinstance(bound, Value):
-            return self.integer(bound, ())
-        return Affine(0, 0, bound) if isinstance(bound, int) else None
-
-    def _indexed(self, value: Value, at: tuple[Index, ...]) -> Affine | None:
-        """x[a, b, ...] with an index tensor for every dimension of x."""
-        source, *indices = value.args
-        if value.attrs.get("@indices") != (True,) * source.ndim or any(index.dtype is torch.bool for index in indices):
-            return None
-        inner = [self.integer(index, _operand_index(index, at)) for index in indices]
-        unknown = [x is None or x.query < 0 or x.key < 0 or not _at_least(x.constant, 0) for x in inner]
-        # A dimension of size 1 holds one element, whatever the index into it.
-        places = [_ZERO if _is_one(size) else None if hidden else x for x, size, hidden in zip(inner, source.shape, unknown, strict=True)]
-        return self.integer(source, tuple(places))
-
     # ---------------------------------------------------------------- booleans
 
     def _condition(self, value: Value, at: tuple[Index, ...]) -> Condition | None:
-        constant = _constant(value)
+        constant = constant_of(value)
         if constant is not None:
             return ALWAYS if constant else NEVER
-        if value.op in ("lt", "le", "eq"):
+        if value.op in ("lt", "le", "eq", "ne"):
             return self._comparison(value, at)
         if value.op in ("and", "or", "not"):
             return self._combination(value, at)
         if value.op == "where" and value.dtype is torch.bool:
-            test, then, otherwise = (self.condition(arg, _operand_index(arg, at)) for arg in value.args)
+            test, then, otherwise = (self.condition(arg, operand_index(arg, at)) for arg in value.args)
             return _either(_both(test, then), _both(_negated(test), otherwise))
         if value.op in ("tril", "triu") and value.dtype is torch.bool:
             return _both(self.condition(value.args[0], at), _triangle(value, at))
         if value.op == "cast" and value.args[0].dtype is torch.bool:
             return self.condition(value.args[0], at)
-        inner = _through_view(value, at)
+        inner = through_view(value, at)
         return None if inner is None else self.condition(*inner)
 
     def _comparison(self, value: Value, at: tuple[Index, ...]) -> Condition | None:
         left, right = value.args
         if left.op == "abs" and value.op in ("lt", "le"):  # |x| <= y is x <= y and -x <= y
-            bound, inside = (self.integer(x, _operand_index(x, at)) for x in (right, left.args[0]))
+            bound, inside = (self.integer(x, operand_index(x, at)) for x in (right, left.args[0]))
             return None if bound is None or inside is None else _less(value.op, inside, bound) | _less(value.op, inside.times(-1), bound)
-        a, b = (self.integer(x, _operand_index(x, at)) for x in (left, right))
+        a, b = (self.integer(x, operand_index(x, at)) for x in (left, right))
         if a is None or b is None:
             return None
-        return _less("le", a, b) | _less("le", b, a) if value.op == "eq" else _less(value.op, a, b)
+        if value.op == "ne" and known_equal(a.constant, b.constant) and (a.query, a.key) == (b.query, b.key):
+            return NEVER
+        if value.op == "ne":
+            return _negated(_equal(a, b))
+        return _equal(a, b) if value.op == "eq" else _less(value.op, a, b)
 
     def _combination(self, value: Value, at: tuple[Index, ...]) -> Condition | None:
-        operands = [self.condition(arg, _operand_index(arg, at)) for arg in value.args]
+        operands = [self.condition(arg, operand_index(arg, at)) for arg in value.args]
         if value.op == "not":
             return _negated(operands[0])
         return (_both if value.op == "and" else _either)(*operands)
@@ -274,7 +203,7 @@ class _Reader:
     # ---------------------------------------------------------------- numbers added to logits
 
     def _additive(self, value: Value, at: tuple[Index, ...]) -> tuple[Condition, float] | None:
-        constant = _constant(value)
+        constant = constant_of(value)
         if constant is not None:
             return (ALWAYS, -math.inf) if constant == 0 else (NEVER, float(constant))
         if value.op == "where":
@@ -284,19 +213,19 @@ class _Reader:
         if value.op == "mul":
             return self._product(value, at)
         if value.op == "add":
-            return _joined(*(self.additive(arg, _operand_index(arg, at)) for arg in value.args))
+            return _joined(*(self.additive(arg, operand_index(arg, at)) for arg in value.args))
         if value.op == "maximum":
             return self._floored(value, at)
         if value.op == "cast":
             inner = self.additive(value.args[0], at) if value.args[0].dtype != torch.bool else None
             return None if inner is None else (inner[0], _rounded(inner[1], value.dtype))
-        inside = _through_view(value, at)
+        inside = through_view(value, at)
         return None if inside is None else self.additive(*inside)
 
     def _where(self, value: Value, at: tuple[Index, ...]) -> tuple[Condition, float] | None:
         """where(test, then, otherwise): a key is visible where the chosen side is 0."""
-        test = self.condition(value.args[0], _operand_index(value.args[0], at))
-        then, otherwise = (self.additive(arg, _operand_index(arg, at)) for arg in value.args[1:])
+        test = self.condition(value.args[0], operand_index(value.args[0], at))
+        then, otherwise = (self.additive(arg, operand_index(arg, at)) for arg in value.args[1:])
         fill = _common_fill(then, otherwise)
         if test is None or then is None or otherwise is None or fill is None:
             return None
@@ -306,7 +235,7 @@ class _Reader:
     def _floored(self, value: Value, at: tuple[Index, ...]) -> tuple[Condition, float] | None:
         """No lower than a negative number."""
         for bound, other in (value.args, value.args[::-1]):
-            floor, inner = _constant(bound), self.additive(other, _operand_index(other, at))
+            floor, inner = constant_of(bound), self.additive(other, operand_index(other, at))
             if floor is not None and floor < 0 and inner is not None:
                 return inner[0], max(inner[1], float(floor)) if inner[0] != ALWAYS else inner[1]
         return None
@@ -320,10 +249,10 @@ class _Reader:
     def _product(self, value: Value, at: tuple[Index, ...]) -> tuple[Condition, float] | None:
         """A number, or an additive mask, times a boolean seen as a number: zero where that is false."""
         for factor, other in (value.args, value.args[::-1]):
-            number, inner = _constant(factor), self.additive(other, _operand_index(other, at))
+            number, inner = constant_of(factor), self.additive(other, operand_index(other, at))
             if number is not None and number > 0 and inner is not None and other.op not in ("const", "full"):
                 return inner[0], inner[1] * number
-            hidden = self._indicator(factor, _operand_index(factor, at))
+            hidden = self._indicator(factor, operand_index(factor, at))
             if hidden is not None and inner is not None and math.isfinite(inner[1]):
                 visible = _either(inner[0], _negated(hidden))
                 return None if visible is None else (visible, inner[1])
@@ -334,29 +263,14 @@ class _Reader:
         if value.op == "cast":
             source = value.args[0]
             return self.condition(source, at) if source.dtype is torch.bool else self._indicator(source, at)
-        if value.op == "sub" and _constant(value.args[0]) == 1:
-            return _negated(self._indicator(value.args[1], _operand_index(value.args[1], at)))
+        if value.op == "sub" and constant_of(value.args[0]) == 1:
+            return _negated(self._indicator(value.args[1], operand_index(value.args[1], at)))
         if value.op in ("tril", "triu"):
             return _both(self._indicator(value.args[0], at), _triangle(value, at))
-        if _constant(value) in (0, 1) and value.op == "full":
-            return ALWAYS if _constant(value) else NEVER
-        inner = _through_view(value, at)
+        if constant_of(value) in (0, 1) and value.op == "full":
+            return ALWAYS if constant_of(value) else NEVER
+        inner = through_view(value, at)
         return None if inner is None else self._indicator(*inner)
-
-
-def _at_least(a: Any, b: Any) -> bool:
-    """Whether a >= b for certain. Unlike a size, a position may be negative: only what the symbol's own assumptions say counts."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a >= b
-    least = sympy.Integer(0)
-    for term in sympy.Add.make_args(sympy.expand(a - b)):
-        coefficient, rest = term.as_coeff_Mul()
-        factors = sympy.Mul.make_args(rest)
-        if (coefficient < 0 and rest != 1) or not all(factor.is_nonnegative for factor in factors):
-            return False
-        if all(factor.is_positive for factor in factors):  # of an integer: at least one
-            least += coefficient
-    return bool(least >= 0)
 
 
 # -------------------------------------------------------------------- conditions
@@ -365,13 +279,17 @@ def _at_least(a: Any, b: Any) -> bool:
 def _less(op: str, a: Affine, b: Affine) -> Condition:
     """a < b or a <= b, of integers."""
     difference = b.plus(a.times(-1))
-    return _simplified(difference.plus(_ONE.times(-1)) if op == "lt" else difference)
+    return _simplified(difference.plus(ONE.times(-1)) if op == "lt" else difference)
+
+
+def _equal(a: Affine, b: Affine) -> Condition | None:
+    return _both(_less("le", a, b), _less("le", b, a))
 
 
 def _simplified(term: Affine) -> Condition:
-    if term.is_constant and _at_least(term.constant, 0):
+    if term.is_constant and at_least(term.constant, 0):
         return ALWAYS
-    if term.is_constant and _at_least(-1, term.constant):
+    if term.is_constant and at_least(-1, term.constant):
         return NEVER
     divisor = math.gcd(term.query, term.key)
     if divisor > 1 and isinstance(term.constant, int):  # of integers: floor
@@ -396,7 +314,7 @@ def _either(a: Condition | None, b: Condition | None) -> Condition | None:
 
 
 def _implies(a: Condition, b: Condition) -> bool:
-    return all(any((x.query, x.key) == (y.query, y.key) and _at_least(y.constant, x.constant) for x in a) for y in b)
+    return all(any((x.query, x.key) == (y.query, y.key) and at_least(y.constant, x.constant) for x in a) for y in b)
 
 
 def _negated(condition: Condition | None) -> Condition | None:
@@ -405,7 +323,7 @@ def _negated(condition: Condition | None) -> Condition | None:
     if not condition:
         return NEVER
     (term,) = condition
-    return _simplified(term.times(-1).plus(_ONE.times(-1)))
+    return _simplified(term.times(-1).plus(ONE.times(-1)))
 
 
 def _triangle(value: Value, at: tuple[Index, ...]) -> Condition | None:
@@ -433,68 +351,3 @@ def _joined(a: tuple[Condition, float] | None, b: tuple[Condition, float] | None
 
 def _rounded(fill: float, dtype: torch.dtype | None) -> float:
     return torch.tensor(fill, dtype=dtype).item() if dtype is not None and dtype.is_floating_point else fill
-
-
-def _arithmetic(op: str, operands: list[Affine]) -> Affine | None:
-    if op == "neg":
-        return operands[0].times(-1)
-    a, b = operands
-    if op != "mul":
-        return a.plus(b if op == "add" else b.times(-1))
-    for factor, other in ((a, b), (b, a)):
-        if factor.is_constant and isinstance(factor.constant, int):
-            return other.times(factor.constant)
-    return None
-
-
-# -------------------------------------------------------------------- indices
-
-
-def _constant(value: Value) -> float | int | bool | None:
-    """The number that a value holds at every index."""
-    number = number_of(value)
-    if number is None and value.op == "full" and isinstance(value.attrs["value"], (int, float)):
-        number = value.attrs["value"]
-    return number
-
-
-def _is_one(size: Dim) -> bool:
-    return isinstance(size, int) and size == 1
-
-
-def _bounded(at: tuple[Index, ...], shape: Shape) -> tuple[Index, ...]:
-    """The index, 0 where there is only one element."""
-    return tuple(_ZERO if _is_one(size) else index for index, size in zip(at, shape, strict=True))
-
-
-def _operand_index(operand: Value, at: tuple[Index, ...]) -> tuple[Index, ...]:
-    """The index into an operand that is broadcast."""
-    return _bounded(at[len(at) - operand.ndim :], operand.shape)
-
-
-def _through_view(value: Value, at: tuple[Index, ...]) -> tuple[Value, tuple[Index, ...]] | None:
-    """The value behind a view, and the index into it of what is at `at`."""
-    if value.op not in ("reshape", "expand", "permute", "slice"):
-        return None
-    inner = value.args[0]
-    if value.op == "expand":
-        return inner, _operand_index(inner, at)
-    if value.op == "permute":
-        places = dict(zip(value.attrs["dims"], at, strict=True))
-        return inner, _bounded(tuple(places[d] for d in range(inner.ndim)), inner.shape)
-    if value.op == "slice":
-        return inner, _sliced_index(value, at)
-    kept = [index for index, size in zip(at, value.shape, strict=True) if not _is_one(size)]
-    sizes = [size for size in value.shape if not _is_one(size)]
-    wanted = [size for size in inner.shape if not _is_one(size)]
-    if len(sizes) != len(wanted) or not all(known_equal(a, b) for a, b in zip(sizes, wanted, strict=True)):
-        return None
-    rest = iter(kept)
-    return inner, tuple(_ZERO if _is_one(size) else next(rest) for size in inner.shape)
-
-
-def _sliced_index(value: Value, at: tuple[Index, ...]) -> tuple[Index, ...]:
-    dim, start, step = (value.attrs[name] for name in ("dim", "start", "step"))
-    index = at[dim]
-    moved = index.times(step).plus(Affine(0, 0, start)) if index is not None and isinstance(step, int) else None
-    return (*at[:dim], moved, *at[dim + 1 :])

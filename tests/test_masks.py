@@ -54,6 +54,19 @@ def windowed() -> Tensor:
     return (columns() <= rows() + 4) & (columns() > rows() + 4 - 3)
 
 
+def packed(positions: Tensor) -> Tensor:
+    """Sequence numbers of packed sequences, as transformers finds them: the position does not go up by one where another begins."""
+    before = positions[:, :1] - 1
+    return (torch.diff(positions, prepend=before, dim=-1) != 1).cumsum(-1)
+
+
+def unpacked(queries: int = Q) -> Tensor:
+    """The causal mask of one sequence, guarded against attention between packed ones."""
+    number = packed(torch.arange(queries).expand(2, -1))[0]
+    rows, columns = torch.arange(queries)[:, None], torch.arange(queries)[None, :]
+    return (number[rows] == number[columns]) & (columns <= rows)
+
+
 BOOLEAN: dict[str, Callable[[], Tensor]] = {
     "le": lambda: columns() <= rows(),
     "ge, operands swapped": lambda: rows() >= columns(),
@@ -202,3 +215,40 @@ def test_the_boolean_inside_a_mask_of_minus_infinity() -> None:
     assert found.dtype is torch.bool
     assert boolean_of(value_of(lambda v: mask(v, LOWEST), visible)) is None
     assert boolean_of(value_of(lambda v: torch.where(v, -math.inf, 0.0), visible)) is None
+
+
+def test_one_sequence_is_not_packed() -> None:
+    assert structure_of(value_of(lambda: unpacked()), Q, Q) == Structure(True, 0)
+
+
+def test_one_sequence_of_symbolic_length_is_not_packed() -> None:
+    value = value_of(lambda x: unpacked(x.shape[0]), torch.zeros(Q), symbolic=True)
+    assert structure_of(value, *value.shape) == Structure(True, 0)
+
+
+@pytest.mark.parametrize(
+    ("positions", "inputs"),
+    [
+        (lambda: torch.cat((torch.arange(2), torch.arange(3)))[None], ()),
+        (lambda: 2 * torch.arange(5)[None], ()),
+        (lambda: torch.arange(5).flip(0)[None], ()),
+        (lambda x: x, (torch.arange(5)[None],)),
+    ],
+    ids=["two sequences", "every second position", "backwards", "from outside"],
+)
+def test_packed_sequences_keep_their_mask(positions: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+    def mask(*inputs: Tensor) -> Tensor:
+        number = packed(positions(*inputs))[0]
+        rows, columns = torch.arange(Q)[:, None], torch.arange(Q)[None, :]
+        return (number[rows] == number[columns]) & (columns <= rows)
+
+    assert structure_of(value_of(mask, *inputs), Q, Q) is None
+
+
+def test_a_running_sum_of_anything_but_zeros_is_unknown() -> None:
+    assert structure_of(value_of(lambda: torch.ones(Q, K, dtype=torch.long).cumsum(0) >= columns()), Q, K) is None
+    # The first element alone is another: the others do not speak for it.
+    assert (
+        structure_of(value_of(lambda: columns() <= torch.cat((torch.zeros(1, dtype=torch.long), torch.arange(Q - 1)))[:, None]), Q, K)
+        is None
+    )
