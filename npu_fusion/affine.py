@@ -88,10 +88,7 @@ class IntegerReader:
         return None if inner is None else self.integer(*inner)
 
     def _arange(self, value: Value, at: tuple[Index, ...]) -> Affine | None:
-        names = [name[1:] if name.startswith("@") else name for name in value.attrs]
-        symbolic = iter(value.args)
-        given = {name: next(symbolic) if f"@{name}" in value.attrs else value.attrs[name] for name in names}
-        start, step = (self._bound(given.get(name, default)) for name, default in (("start", 0), ("step", 1)))
+        start, step = (self.integer(arg, ()) for arg in value.args)
         if start is None or step is None or not isinstance(step.constant, int) or at[0] is None:
             return None
         return at[0].times(step.constant).plus(start)
@@ -123,11 +120,6 @@ class IntegerReader:
         at = bounded(tuple(everywhere), operand.shape)
         zeros = self.condition(operand, at) == NEVER if operand.dtype is torch.bool else self.integer(operand, at) == ZERO
         return ZERO if zeros else None
-
-    def _bound(self, bound: Any) -> Affine | None:
-        if isinstance(bound, Value):
-            return self.integer(bound, ())
-        return Affine(0, 0, bound) if isinstance(bound, int) else None
 
     def _indexed(self, value: Value, at: tuple[Index, ...]) -> Affine | None:
         """x[a, b, ...] with an index tensor for every dimension of x."""

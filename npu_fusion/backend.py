@@ -21,10 +21,11 @@ from . import lift, torch_private
 from .aot import trace
 from .config import FusionConfig
 from .errors import NpuFusionError
-from .execute import Boxed, eager, execute, resolve_executor
+from .execute import FUNCTIONAL, Boxed, eager, execute, resolve_executor
 from .graph_breaks import break_reason
 from .record import GraphRecord
 from .reinplace import reinplace
+from .simplify import fold_constants
 from .specialize import specialize_floats
 from .verify import compare
 
@@ -146,6 +147,7 @@ def _rewrite(gm: GraphModule, record: GraphRecord, real_inputs: Sequence[Any]) -
 
 
 def _rewrite_stages(gm: GraphModule, record: GraphRecord, real_inputs: Sequence[Any]) -> None:
+    from .cache_writes import lower_writes
     from .lower import elsewhere, lower_graph
     from .pipeline import fuse_graph
 
@@ -156,11 +158,15 @@ def _rewrite_stages(gm: GraphModule, record: GraphRecord, real_inputs: Sequence[
             from .lowerings.inductor import expand_for_inductor
 
             expand_for_inductor(gm, record)
-        lower_graph(gm, config, record, reference_only=None if record.dry_run else elsewhere(gm, config))
-    # Inductor makes writes functional again, and re-inplaces what it can by itself.
-    if config.executor != "inductor":
+        else:  # Inductor folds constants by itself
+            fold_constants(gm, record.dry_run)
+        cannot_run = None if record.dry_run else elsewhere(gm, config)
+        lower_graph(gm, config, record, reference_only=cannot_run)
+    if config.executor not in FUNCTIONAL:
         with _timed(record, "reinplace"):
             reinplace(gm, record)
+            if cannot_run is None:
+                lower_writes(gm, config, record)
 
 
 def _run_unfused(gm: GraphModule, original: Graph, record: GraphRecord) -> None:
@@ -234,11 +240,11 @@ EMULATED = "ascend910b"
 
 def _target_of(devices: set[str]) -> str:
     if "npu" in devices:
-        return _soc_target(torch.get_device_module("npu").get_device_name())
+        return soc_target(torch.get_device_module("npu").get_device_name())
     return "cuda" if "cuda" in devices else "cpu"
 
 
-def _soc_target(name: str) -> str:
+def soc_target(name: str) -> str:
     """The target for a device name of torch_npu, e.g. `Ascend910B3`, `Ascend910_9382`, `Ascend950PR`; A2 where it is another."""
     if name.startswith("Ascend910_93"):
         return "ascend910_93"

@@ -168,7 +168,7 @@ def _count(node: Node, tally: Counter[_Block], blocks: dict[Node, tuple[_Block, 
                 _count(inner, tally, blocks)
         return
     target = node.target
-    mutated = _mutated(node) if isinstance(target, OpOverload) and target._schema.is_mutable else ()
+    mutated = mutated_arguments(node) if isinstance(target, OpOverload) and target._schema.is_mutable else ()
     name = target._schema.name if isinstance(target, OpOverload) else ""
     reads = [arg for arg in node.all_input_nodes if arg not in mutated]
     written = _blocks_of(node, blocks)
@@ -186,10 +186,11 @@ def _count(node: Node, tally: Counter[_Block], blocks: dict[Node, tuple[_Block, 
         tally.update(_blocks_of(arg, blocks))
 
 
-def _mutated(node: Node) -> tuple[Node, ...]:
+def mutated_arguments(node: Node) -> tuple[Node, ...]:
     """Argument nodes that the op writes to, by its schema."""
     target = node.target
-    assert isinstance(target, OpOverload)
+    if not isinstance(target, OpOverload):
+        return ()
     found: list[Node] = []
     for index, argument in enumerate(target._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:

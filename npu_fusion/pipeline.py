@@ -21,6 +21,7 @@ from .record import GraphRecord, Site
 from .rewrite import Applied, RewriteResult, output_nodes, rewrite
 from .rule import Rule, rules_of
 from .select import Candidate, Operation, select
+from .simplify import merge_equal
 from .torch_private import fake_mode_of, lazy_graph_module
 from .view import Value, View, build_view
 from .view.shapes import size_facts
@@ -65,6 +66,7 @@ def _fuse_graph(gm: GraphModule, config: FusionConfig, record: GraphRecord, real
         chosen = select_matches(view, found.matches)
     with _timed(record, "rewrite"):
         result = rewrite(gm, view, chosen, keep_checks=config.verify)
+        merge_equal(gm, view)
     record.sites.extend(sites_of(view, found, result, rules))
     record.rule_errors.update({**result.errors, **found.errors})
     record.checks.extend(result.checks)

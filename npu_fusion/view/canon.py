@@ -149,6 +149,8 @@ class Canon(ViewCanon):
         for x, other in ((a, b), (b, a)):
             if (is_number(x, 0) or _is_zeros(x)) and same_shape(other.shape, shape):
                 return other
+            if _is_zeros(x) and other.dtype is not None and all(known_equal(size, 1) for size in shape):
+                return self.reshape(other, shape)
         return self._emit("add", a, b, shape, commutative=True)
 
     def _sub(self, a: Value, b: Value, shape: Shape) -> Value:

@@ -179,6 +179,20 @@ def _full(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     return _filled(b, node, args[0] if _name(node) == "scalar_tensor" else args[2 if _name(node) == "new_full" else 1])
 
 
+@handles("arange")
+def _arange(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
+    """arange(start, step, length); of one element: that element."""
+    shape, dtype = meta_of(node)
+    if dtype is None or dtype.is_floating_point or dtype is torch.bool:
+        return None
+    given = dict(zip((spec.name for spec in node.target._schema.arguments), args, strict=True))  # type: ignore[union-attr]
+    start, step = given.get("start", 0), given.get("step", 1)
+    if known_equal(shape[0], 1) and not isinstance(start, Node):
+        return _filled(b, node, start)
+    attrs = {"length": shape[0], "device": node.meta["val"].device}
+    return b.table.intern("arange", (b.operand(start), b.operand(step)), attrs, shape, dtype)
+
+
 @handles("ones", "new_ones", "ones_like", "zeros", "new_zeros", "zeros_like")
 def _ones_or_zeros(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     return _filled(b, node, 1 if "ones" in _name(node) else 0)

@@ -76,6 +76,10 @@ class Materializer:
                         return self.emit(aten.sym_size.int, (node, dim), {})
         raise NpuFusionError(f"no tensor of the graph has the symbolic size {expr}")
 
+    def emit_anew(self, value: Value) -> Node:
+        """The few ATen nodes of a value's canonical form, also where a node computes the value in another way."""
+        return self._emit_value(value)
+
     def _emit_value(self, value: Value) -> Node:
         op, attrs = value.op, value.attrs
         args = [self.node(arg) for arg in value.args]
