@@ -11,7 +11,8 @@ inputs once and writes each of its outputs once.
 - *Bytes*: an expanded input is read as often as it has distinct elements. Ops that gather (`embedding`, `index`, `gather`, ...) read as
   much as they return, besides their indices. In-place writes at positions (`index_copy_`, `index_put_`, `scatter_`, ...) write as much as
   they are given. An operand that an op outside ATen mutates (a paged cache) is moved as far as the op's other operands say, so it adds
-  nothing.
+  nothing. Nor does a constant that a lowering gave the graph: of the compressed mask of an attention op a kernel reads one block again
+  and again.
 
 Sizes are taken from `node.meta["val"]` as they stand: no guard is added and no hint is read. The only symbolic arithmetic is one product
 for each distinct (shape, dtype), so that a graph of several thousand nodes costs milliseconds.
@@ -27,6 +28,8 @@ import sympy
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, GraphModule, Node
+
+from .layout import is_own_constant
 
 # Schemas that alias their input only when there is nothing to do; in an ATen graph they are there because there is something to do.
 _COPIES = frozenset({"aten::contiguous"})
@@ -183,7 +186,8 @@ def _count(node: Node, tally: Counter[_Block], blocks: dict[Node, tuple[_Block, 
         reads.extend(mutated)
     tally.update(written)
     for arg in reads:
-        tally.update(_blocks_of(arg, blocks))
+        if not is_own_constant(arg):
+            tally.update(_blocks_of(arg, blocks))
 
 
 def mutated_arguments(node: Node) -> tuple[Node, ...]:

@@ -9,15 +9,18 @@ import sympy
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from .torch_private import Max
 from .view.shapes import known_equal, known_ge, product, to_dim
 from .view.value import Dim
 
 aten = torch.ops.aten
+_CONSTANT = "_npu_fusion_constant"
 _OWN_NAMESPACES = ("aten", "prims", "npu_fusion", "npu_fusion_lifted")
 _HIDDEN_VIEWS = (aten._unsafe_view.default, aten.lift_fresh.default)  # share memory, though their schemas do not say so
+
+_SIZES = (aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default)  # read no memory
 
 
 def is_view(node: Node) -> bool:
@@ -40,6 +43,35 @@ def returned_memory(graph: Graph) -> set[Node]:
             if is_view(node):
                 stack += node.all_input_nodes[:1]
     return found
+
+
+def memory_of(node: Node) -> Node:
+    """The node that made the memory in which the node's tensor lies, as far as that is known: behind all views."""
+    while is_view(node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def only_reader(node: Node, reader: Node) -> bool:
+    """Whether the node's tensor lies in memory that the graph has made, and that nobody but `reader` reads: it may be written over."""
+    stack = [memory_of(node)]
+    if not _makes_memory(stack[0]):
+        return False
+    while stack:
+        for user in stack.pop().users:
+            if user is reader or user.target in _SIZES:
+                continue
+            if not is_view(user):
+                return False
+            stack.append(user)
+    return True
+
+
+def _makes_memory(node: Node) -> bool:
+    """Whether the node's results lie in memory of their own."""
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+        return False
+    return all(result.alias_info is None for result in node.target._schema.returns)
 
 
 def needs_layout(node: Node) -> bool:
@@ -66,10 +98,10 @@ def same_strides(a: Tensor, b: Tensor) -> bool:
     triples = zip(a.shape, a.stride(), b.stride(), strict=True)
     if all(known_equal(to_dim(x), to_dim(y)) or known_equal(to_dim(size), 1) for size, x, y in triples):
         return True
-    return _row_major(a) and _row_major(b)  # sizes that are equal by a guard need not make strides that are equal as terms
+    return row_major(a) and row_major(b)  # sizes that are equal by a guard need not make strides that are equal as terms
 
 
-def _row_major(tensor: Tensor) -> bool:
+def row_major(tensor: Tensor) -> bool:
     """Whether the tensor is surely contiguous. An empty tensor's strides, for which torch takes sizes of at least 1, matter to nobody."""
     expected: Dim = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
@@ -115,3 +147,17 @@ def emit_layout(emit: Callable[..., Node], node: Node, like: Tensor) -> Node | N
     dense = emit(aten.clone.default, permuted, memory_format=torch.contiguous_format)
     restored = emit(aten.permute.default, dense, sorted(range(len(order)), key=order.__getitem__))
     return restored if same_strides(like, restored.meta["val"]) else None
+
+
+def own_tensor(gm: GraphModule, tensor: Tensor) -> str:
+    """Make a tensor a constant of the graph module, under a name of its own."""
+    serial = 0
+    while hasattr(gm, name := f"{_CONSTANT}{serial}"):
+        serial += 1
+    gm.register_buffer(name, tensor)
+    return name
+
+
+def is_own_constant(node: Node) -> bool:
+    """Whether the node is a constant that `own_tensor` gave the graph."""
+    return node.op == "get_attr" and str(node.target).startswith(_CONSTANT)
