@@ -13,12 +13,12 @@ CARRY_PYTEST := \
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint format types unit gpu-test coverage bench
+.PHONY: help demo test lint format types unit gpu-test coverage bench launches
 
 help:
 	@echo "make demo      compile two real models, show what fused, check against eager"
 	@echo "make test      lint, types and all tests that this machine can run"
-	@echo "make lint | types | unit | format | gpu-test | coverage | bench"
+	@echo "make lint | types | unit | format | gpu-test | coverage | bench | launches"
 
 demo:
 	$(RUN) examples/demo.py
@@ -37,7 +37,7 @@ types:
 	$(RUN) -m mypy
 
 unit:
-	$(RUN) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS)) $(PYTEST_ARGS)
+	$(RUN) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadgroup) $(PYTEST_ARGS)
 
 # Needs nothing but torch, triton and pytest beside the clone, so that it runs where nothing can be installed. NPU_FUSION_PYTHON defaults to
 # the machine's own python3.
@@ -51,3 +51,7 @@ coverage:
 
 bench:
 	$(RUN) benchmarks/matching.py
+
+# On the virtual NPU, in the environment that has torch_npu (tools/environment.py npu).
+launches:
+	$(RUN) benchmarks/launches.py

@@ -139,7 +139,7 @@ def _compiled_run(cell: Cell, model: Any, inputs: dict[str, Any], result: Result
     compiled: list[Any] = []
 
     def wrap(module: Any) -> Any:
-        options = {} if cell.target == HERE else {"target": cell.target, "emulate": True}
+        options: dict[str, Any] = {} if cell.target == HERE else {"target": cell.target, "emulate": True}
         compiled.append(torch.compile(module, backend="npu_fusion", dynamic=cell.shapes == "dynamic", options=options))
         return compiled[0]
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import inspect
 import os
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -32,14 +34,47 @@ from torch.utils import _pytree as pytree
 from .. import lift, torch_private
 from ..backend import claim, resolve
 from ..config import FusionConfig
+from ..errors import ConfigError
 from ..record import GraphRecord
 from ..semantic import find_semantic_op
 
 aten = torch.ops.aten
 
-# Families whose ops move bytes and do little else: Inductor fuses their reference with its neighbours.
-EXPANDED_FAMILIES = frozenset({"norm", "rope", "glu", "quant"})
+# Families whose ops move bytes and do little else: Inductor fuses their reference with its neighbours. The reference of a product is the
+# model's own product.
+EXPANDED_FAMILIES = frozenset({"norm", "rope", "glu", "quant", "matmul"})
 _PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "from_node", "seq_nr")
+
+
+def compile_with_inductor(gm: GraphModule, example_inputs: Sequence[Any], config: FusionConfig) -> Callable[..., Any]:
+    """Compile a lowered graph; the result takes its arguments one by one.
+
+    Raises:
+        ConfigError: Inductor has no such option, or cannot compile for an NPU here.
+    """
+    options = dict(config.executor_options)
+    for name in options:
+        if not torch_private.inductor_has_option(name):
+            raise ConfigError(f"Inductor has no option {name!r}")
+    if any(isinstance(value, Tensor) and value.device.type == "npu" for value in example_inputs):
+        if (missing := _missing_for_npu()) is not None:
+            raise ConfigError(f"executor 'inductor' on an NPU needs {missing}; 'graph', 'npugraph_ex' and 'eager' do without")
+        torch_private.load_npu_inductor()
+    return torch_private.inductor_compile(gm, example_inputs, options or None)
+
+
+def _missing_for_npu() -> str | None:
+    """What torch_npu's Inductor needs and is not installed, or None. Its default code generator is triton-ascend's."""
+    if os.environ.get("TORCHINDUCTOR_NPU_BACKEND", "default") not in ("default", "triton"):
+        return None
+    found = importlib.util.find_spec("triton") is not None and importlib.util.find_spec("triton.backends.ascend") is not None
+    return None if found else "triton-ascend, which is not installed here"
+
+
+def _load_npu_passes() -> None:
+    """Have torch_npu put its passes into Inductor's configuration now, so that ours keep them: later it would replace what it finds."""
+    if "torch_npu" in sys.modules and torch.get_device_module("npu").is_available() and _missing_for_npu() is None:
+        torch_private.load_npu_inductor()
 
 
 def expand_for_inductor(gm: GraphModule, record: GraphRecord) -> int:
@@ -122,8 +157,8 @@ def _adopt(gm: GraphModule, constant: Any) -> str:
 def inductor_options(config: FusionConfig | None = None, **options: Any) -> dict[str, Any]:
     """Options that make `torch.compile(model, backend="inductor", options=...)` fuse as npu_fusion does.
 
-    Passes that Inductor's configuration holds already are kept, and run first. Graphs are reported by `npu_fusion.report` as under our own
-    backend; one that Inductor takes from its on-disk cache has no record, for no pass ran.
+    Passes that Inductor's configuration holds already, torch_npu's among them, are kept, and run first. Graphs are reported by
+    `npu_fusion.report` as under our own backend; one that Inductor takes from its on-disk cache has no record, for no pass ran.
 
     Args:
         config: the configuration; or
@@ -133,6 +168,7 @@ def inductor_options(config: FusionConfig | None = None, **options: Any) -> dict
         ConfigError: an unknown option, rule or target.
     """
     config = config or FusionConfig.from_options(options)
+    _load_npu_passes()
     before = {name: torch_private.current_inductor_passes(name) for name in ("pre_grad_custom_pass", "post_grad_custom_pre_pass")}
     passes = _passes()
     notes: list[str] = []

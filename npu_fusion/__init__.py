@@ -10,6 +10,7 @@ from .config import FusionConfig
 from .errors import ConfigError, NpuFusionError, ReportError, RuleError, UnsupportedInputError, VerificationError
 from .explain import explain
 from .lowerings import ascend as _ascend  # noqa: F401  registers its providers
+from .lowerings.ascend.graph_compilers import npugraph_ex_options, torchair_config
 from .lowerings.inductor import inductor_options
 from .pipeline import fuse
 from .record import GraphRecord, Site
@@ -37,9 +38,11 @@ __all__ = [
     "fuse",
     "inductor_options",
     "npu_fusion_backend",
+    "npugraph_ex_options",
     "ops",
     "patterns",
     "register_rule",
     "report",
     "rule",
+    "torchair_config",
 ]

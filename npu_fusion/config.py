@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 TARGETS = ("auto", "ascend910b", "ascend910_93", "ascend950", "cuda", "cpu")
 ROUNDINGS = ("fp32_internal", "exact")
-EXECUTORS = ("auto", "eager", "graph", "inductor")
+EXECUTORS = ("auto", "eager", "graph", "inductor", "npugraph_ex", "torchair")
 MODES: dict[str | None, dict[str, str]] = {None: {}, "default": {}, "reduce-overhead": {"executor": "graph"}}
 
 
@@ -27,8 +27,12 @@ class FusionConfig:
         target: what the graph is compiled for; `auto` takes it from the inputs' device.
         rounding: `fp32_internal` lets a fused op keep fp32 longer than the model does; `exact` fuses only where it rounds at the same
             points.
-        executor: `eager` runs the rewritten FX graph, `graph` captures it (CUDA graphs), `inductor` hands it on to Inductor,
-            `auto` chooses by target.
+        executor: `eager` runs the rewritten FX graph, `graph` captures it and replays it (CUDA graphs, NPU graphs); `inductor`,
+            `npugraph_ex` and `torchair` hand it on to these compilers. `auto` is Inductor on CUDA and `eager` elsewhere: that a graph is
+            captured is asked for, as in torch.compile, because it costs memory and ties caches to their addresses.
+        executor_options: options for the compiler that the executor hands the graph to, by name, e.g. `{"static_kernel_compile": True}` for
+            npugraph_ex, `{"mode": "reduce-overhead"}` for torchair, Inductor's configuration for Inductor.
+        capture_limit: how many captures, of different sizes or addresses, are kept of one graph; beyond it the graph runs eagerly.
         rules: names of the only built-in rules to use, in place of all of them.
         disable: names of rules not to use.
         extra_rules: users' own rules, see `npu_fusion.register_rule`.
@@ -50,6 +54,8 @@ class FusionConfig:
     verify: bool = False
     emulate: bool = False
     merge_weights: bool = True
+    executor_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
+    capture_limit: int = 64
 
     def __post_init__(self) -> None:
         _check_choice("target", self.target, TARGETS)
@@ -58,6 +64,11 @@ class FusionConfig:
         for name in ("verify", "emulate", "merge_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"option {name!r} takes True or False, not {getattr(self, name)!r}")
+        object.__setattr__(self, "executor_options", _as_pairs("executor_options", self.executor_options))
+        if self.executor_options and self.executor in ("eager", "graph"):
+            raise ConfigError(f"executor {self.executor!r} hands the graph to no compiler, and takes no 'executor_options'")
+        if isinstance(self.capture_limit, bool) or not isinstance(self.capture_limit, int) or self.capture_limit < 1:
+            raise ConfigError(f"option 'capture_limit' takes a positive number, not {self.capture_limit!r}")
         if self.rules is not None:
             object.__setattr__(self, "rules", _as_tuple("rules", self.rules))
         object.__setattr__(self, "disable", _as_tuple("disable", self.disable))
@@ -107,3 +118,11 @@ def _as_tuple(option: str, value: Any) -> tuple[Any, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise ConfigError(f"option {option!r} takes a sequence of rule names, not {value!r}")
     return tuple(value)
+
+
+def _as_pairs(option: str, value: Any) -> tuple[tuple[str, Any], ...]:
+    """A mapping as a value that compares and hashes: pairs, sorted by name."""
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+        raise ConfigError(f"option {option!r} takes a dict of options by name, not {value!r}")
+    return tuple(sorted(pairs, key=lambda pair: pair[0]))

@@ -1,6 +1,7 @@
 """Execute: how a lowered graph runs.
 
-`eager` runs the FX graph's own code, `graph` captures it on the device and replays it (`capture.py`), `inductor` hands it on to Inductor.
+`eager` runs the FX graph's own code, `graph` captures it on the device and replays it (`capture/`); `inductor`, `npugraph_ex` and
+`torchair` hand it on to these compilers.
 Every executor is a boxed function: it takes its inputs as one list and empties it, so that an input nobody else holds is freed as
 soon as the graph is done with it.
 """
@@ -23,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 Boxed = Callable[[list[Any]], Any]
 
+# Compilers that make writes functional again and re-inplace what they can by themselves.
+FUNCTIONAL = frozenset({"inductor", "torchair"})
+
 
 def resolve_executor(executor: str, target: str) -> str:
     """What `auto` means on a target: Inductor on cuda, which fuses what no rule takes, and the FX graph elsewhere."""
@@ -35,19 +39,42 @@ def execute(gm: GraphModule, example_inputs: Sequence[Any], record: GraphRecord)
     """The boxed function that runs `gm` as `record.config.executor` says.
 
     Where a graph cannot be captured it runs eagerly; `record.config.executor` then says `eager`, and `record.notes` why.
+
+    Raises:
+        ConfigError: what the executor needs is not installed.
     """
     executor = record.config.executor
     if executor == "inductor":
-        return _inductor(GraphModule(gm, copy.deepcopy(gm.graph)), example_inputs)
+        return _inductor(GraphModule(gm, copy.deepcopy(gm.graph)), example_inputs, record)
+    if executor == "eager":
+        return eager(gm)
+    if reasons := _unsuitable(gm, executor):
+        return _in_place_of(executor, gm, record, reasons)
     if executor == "graph":
-        from .capture import capture, unsuitable
+        from .capture import capture
 
-        reason = unsuitable(gm)
-        if reason is None:
-            return capture(eager(gm), gm, record)
-        record.config = dataclasses.replace(record.config, executor="eager")
-        record.notes.append(f"executor eager in place of graph: {reason}")
-        logger.info("graph executor: running eagerly, %s", reason)
+        return capture(eager(gm), gm, record)
+    from .lowerings.ascend.graph_compilers import hand_over
+
+    return hand_over(gm, example_inputs, record)
+
+
+def _unsuitable(gm: GraphModule, executor: str) -> list[str]:
+    """Why a graph is nothing for an executor that captures, or for torchair, whose graph engine may not capture."""
+    from .capture import find_obstacles
+    from .capture.check import captured_device
+
+    if executor == "torchair":
+        device = captured_device(gm)
+        return [device] if isinstance(device, str) else []
+    return [str(obstacle) for obstacle in find_obstacles(gm)]
+
+
+def _in_place_of(executor: str, gm: GraphModule, record: GraphRecord, reasons: Sequence[str]) -> Boxed:
+    """Run the graph eagerly, and say why in the record."""
+    record.config = dataclasses.replace(record.config, executor="eager")
+    record.notes += [f"executor eager in place of {executor}: {reason}" for reason in reasons]
+    logger.info("%s executor: running eagerly, %s", executor, "; ".join(reasons))
     return eager(gm)
 
 
@@ -77,8 +104,10 @@ def eager(gm: GraphModule) -> Boxed:
     return torch_private.boxed(run)
 
 
-def _inductor(gm: GraphModule, example_inputs: Sequence[Any]) -> Boxed:
-    compiled = torch_private.inductor_compile(gm, example_inputs)
+def _inductor(gm: GraphModule, example_inputs: Sequence[Any], record: GraphRecord) -> Boxed:
+    from .lowerings.inductor import compile_with_inductor
+
+    compiled = compile_with_inductor(gm, example_inputs, record.config)
 
     def run(inputs: list[Any]) -> Any:
         # compile_fx says that it takes a list, and takes arguments.

@@ -25,7 +25,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from .config import FusionConfig
-from .layout import emit_layout, needs_layout, same_strides
+from .layout import emit_layout, memory_of, needs_layout, own_tensor, returned_memory, row_major, same_strides
 from .lift import restore
 from .metadata import Metadata
 from .provenance import PROVENANCE
@@ -89,6 +89,8 @@ class Provider:
         lower: emits the nodes that compute the call and returns that of its result; one for each result, None where a result is not
             computed, for an op with several. Raises `Refused`, by `builder.refuse` or `builder.require`, for a call that it cannot take.
         rank: providers of lower rank are tried first.
+        launches: how many kernels a call of its usual form launches.
+        available: whether what it calls can run under a configuration, or need not, because nothing does (a dry run).
     """
 
     name: str
@@ -96,6 +98,8 @@ class Provider:
     targets: tuple[str, ...]
     lower: Callable[[Builder, Arguments], Node | Sequence[Node | None]]
     rank: int = 0
+    launches: int = 1
+    available: Callable[[FusionConfig, bool], bool] = lambda config, dry_run: True
 
 
 _PROVIDERS: list[Provider] = []
@@ -111,6 +115,13 @@ def providers_of(op: str, target: str) -> list[Provider]:
     return sorted((p for p in _PROVIDERS if p.op == op and target in p.targets), key=lambda p: p.rank)
 
 
+def launches_of(op: str, config: FusionConfig, dry_run: bool) -> int:
+    """How many kernels a call of a semantic op is expected to launch on the target: what its best provider says, 1 without any."""
+    providers = (provider for provider in providers_of(op, config.target) if provider.available(config, dry_run))
+    best = next(providers, None)
+    return 1 if best is None else best.launches
+
+
 class Builder:
     """Emits nodes in place of one semantic call, and says what is known of their values.
 
@@ -120,17 +131,19 @@ class Builder:
     Attributes:
         config: the configuration in force; `config.target` is what is lowered for.
         node: the semantic call.
+        dry_run: whether the graph is only to be shown: its target may be absent.
     """
 
     def __init__(self, gm: GraphModule, config: FusionConfig, dry_run: bool = False) -> None:
         self.gm = gm
         self.config = config
         self.node: Node
-        self._dry_run = dry_run
+        self.dry_run = dry_run
         self._metadata = Metadata(fake_mode_of(gm))
         self._emitted: list[tuple[Any, Node]] = []
         self._known: dict[Any, Node] = {}
         self._constants: dict[Any, str] = {}
+        self._given_sizes = [node for node in gm.graph.find_nodes(op="placeholder") if isinstance(node.meta.get("val"), torch.SymInt)]
 
     @property
     def graph(self) -> Graph:
@@ -173,8 +186,14 @@ class Builder:
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A node that calls `target`, its metadata computed by its own fake kernel alone."""
         key = _call_key(target, args, kwargs)
-        if key is not None and (known := self._known.get(key)) is not None:
-            return known
+        known = self._known.get(key) if key is not None else None
+        return self._insert(key, target, args, kwargs) if known is None else known
+
+    def copy(self, node: Node) -> Node:
+        """A copy of the node in memory of its own, which nothing else shares."""
+        return self._insert(None, aten.clone.default, (node,), {})
+
+    def _insert(self, key: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
         node = self.graph.call_function(target, args, kwargs)
         self._emitted.append((key, node))
         node.meta["val"] = self._metadata.of(target, args, kwargs)
@@ -188,9 +207,14 @@ class Builder:
         return [self.emit(operator.getitem, call, i) for i in range(count)]
 
     def size(self, node: Node, dim: int) -> Any:
-        """A size of a tensor: an int, or a node that holds it."""
-        size = self.val(node).shape[dim]
-        return size if isinstance(size, int) else self.emit(aten.sym_size.int, node, dim % self.val(node).dim())
+        """A size of a tensor: an int, or a node that holds it, that of the graph's inputs where one does."""
+        size: Any = self.val(node).shape[dim]
+        if isinstance(size, int):
+            return size
+        for given in self._given_sizes:
+            if known_equal(to_dim(size), to_dim(given.meta["val"])):
+                return given
+        return self.emit(aten.sym_size.int, node, dim % self.val(node).dim())
 
     def transpose(self, node: Node, i: int, j: int) -> Node:
         """The node with two dimensions swapped; of a swap of the same dimensions, what was swapped."""
@@ -208,6 +232,10 @@ class Builder:
             return node
         return self.emit(aten.reshape.default, node, list(sizes))
 
+    def contiguous(self, node: Node) -> Node:
+        """The node in row-major order: a copy unless it surely lies so."""
+        return node if row_major(self.val(node)) else self.emit(aten.clone.default, node, memory_format=torch.contiguous_format)
+
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
         return node if self.val(node).dtype == dtype else self.emit(aten._to_copy.default, node, dtype=dtype)
 
@@ -215,8 +243,8 @@ class Builder:
         """A tensor that the graph owns, made by `make` once a graph for each `key`; fake in a dry run, whose device may be absent."""
         name = self._constants.get(key)
         if name is None:
-            with self._metadata.fake_mode if self._dry_run else without_fake():
-                name = self._constants[key] = _own(self.gm, make())
+            with self._metadata.fake_mode if self.dry_run else without_fake():
+                name = self._constants[key] = own_tensor(self.gm, make())
         known = self._known.get(("constant", name))
         if known is not None:
             return known
@@ -225,6 +253,11 @@ class Builder:
         node.meta["val"] = self._metadata.of_constant(getattr(self.gm, name))
         self._known["constant", name] = node
         return node
+
+    def forget(self, *nodes: Node) -> None:
+        """Emit anew what would lie in the memory of the nodes: an op that was emitted has written over it."""
+        written = {memory_of(node) for node in nodes}
+        self._known = {key: node for key, node in self._known.items() if memory_of(node) not in written}
 
     # ---------------------------------------------------------------- transactions
 
@@ -240,6 +273,13 @@ class Builder:
             self._known.pop(key, None)
             self.graph.erase_node(node)
         self._emitted = []
+
+    def drop_constants(self) -> None:
+        """Delete the constants that no node reads: those of calls that were taken back."""
+        used = {node.target for node in self.graph.find_nodes(op="get_attr")}
+        for name in self._constants.values():
+            if name not in used:
+                delattr(self.gm, name)
 
     def sweep(self) -> None:
         """Erase what was emitted since `begin` and is of no use."""
@@ -303,6 +343,8 @@ def _lower_all(gm: GraphModule, config: FusionConfig, record: GraphRecord, refer
             builder = Builder(gm, config, record.dry_run)
         name = node.name
         chosen[name] = _lower(builder, node, op, providers, record) if builder is not None and providers else (REFERENCE, None)
+    if builder is not None:
+        builder.drop_constants()
     if reference_only and chosen:
         record.notes.append(reference_only)
     return chosen
@@ -349,7 +391,7 @@ def _replace(builder: Builder, node: Node, results: Node | Sequence[Node | None]
         pairs = [(node, _agreeing(builder, node, results))]
     else:
         pairs = []
-        for user in list(node.users):
+        for user in [user for user in node.users if user.users]:
             place: Any = user.args[1]
             result = results[place]
             if result is None:
@@ -357,10 +399,8 @@ def _replace(builder: Builder, node: Node, results: Node | Sequence[Node | None]
             pairs.append((user, _agreeing(builder, user, result)))
     for old, new in pairs:
         old.replace_all_uses_with(new)
-    for old, _ in pairs:
-        builder.graph.erase_node(old)
-    if not isinstance(results, Node):
-        builder.graph.erase_node(node)
+    for unused in (*node.users, node) if not isinstance(results, Node) else (node,):
+        builder.graph.erase_node(unused)
 
 
 def _agreeing(builder: Builder, old: Node, new: Node) -> Node:
@@ -371,11 +411,17 @@ def _agreeing(builder: Builder, old: Node, new: Node) -> Node:
     if not same_shape(to_shape(before.shape), to_shape(after.shape)):
         builder.refuse(f"it gives shape {list(after.shape)} where the model has {list(before.shape)}")
     if same_strides(before, after) or not needs_layout(old):
-        return new
+        return builder.copy(new) if _would_alias(builder.graph, old, new) else new
     laid_out = emit_layout(builder.emit, new, before)
     if laid_out is None:
         builder.refuse("its result has another memory layout, on which something outside the graph may rely")
     return laid_out
+
+
+def _would_alias(graph: Graph, old: Node, new: Node) -> bool:
+    """Whether the caller, who gets `old` as a tensor of its own, would get memory that it has: an input, or what an equal call gave it."""
+    returned, memory = returned_memory(graph), memory_of(new)
+    return old in returned and (memory.op != "call_function" or memory in returned)
 
 
 def _dim(size: Any) -> Any:
@@ -401,12 +447,3 @@ def _call_key(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         )
 
     return target, key(args), key(tuple(sorted(kwargs.items())))
-
-
-def _own(gm: GraphModule, tensor: Tensor) -> str:
-    """Make `tensor` a buffer of the graph module, under a name of its own."""
-    serial = 0
-    while hasattr(gm, name := f"_npu_fusion_constant{serial}"):
-        serial += 1
-    gm.register_buffer(name, tensor)
-    return name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from .config import FusionConfig
 from .cost import node_bytes, node_launches, tensor_bytes
 from .lift import find_lifted, lift_aten
+from .lower import launches_of, lower_graph
 from .match import Match, MatchResult, find_gists, find_matches, form_inputs
 from .provenance import module_of, source_of
 from .record import GraphRecord, Site
@@ -63,7 +64,7 @@ def _fuse_graph(gm: GraphModule, config: FusionConfig, record: GraphRecord, real
         rules = rules_of(config)
         found = find_matches(view, rules, config)
     with _timed(record, "select"):
-        chosen = select_matches(view, found.matches)
+        chosen = select_matches(view, found.matches, lambda op: launches_of(op, config, record.dry_run))
     with _timed(record, "rewrite"):
         result = rewrite(gm, view, chosen, keep_checks=config.verify)
         merge_equal(gm, view)
@@ -85,7 +86,6 @@ def fuse(gm: GraphModule, example_inputs: Sequence[Any] | None = None, config: F
         `gm`; what happened to it is in `gm.meta["npu_fusion_record"]`, a `GraphRecord`.
     """
     from .backend import resolve
-    from .lower import lower_graph
 
     resolved = resolve(config or FusionConfig(), gm, example_inputs or [])
     record = GraphRecord(resolved)
@@ -96,12 +96,12 @@ def fuse(gm: GraphModule, example_inputs: Sequence[Any] | None = None, config: F
     return gm
 
 
-def select_matches(view: View, matches: list[Match]) -> list[Match]:
-    """The matches that make the graph cheapest."""
+def select_matches(view: View, matches: list[Match], launches: Callable[[str], int] = lambda op: 1) -> list[Match]:
+    """The matches that make the graph cheapest, where a call of a semantic op launches so many kernels."""
     operations = {node: _operation(view, node) for node in view.graph.nodes}
     needed = list(_needed(view.graph))
     matches = [match for match in matches if output_nodes(view, match)]  # a match may end at a value that exists in canonical form only
-    candidates = [_candidate(view, match) for match in matches]
+    candidates = [_candidate(view, match, launches(match.call.op.name)) for match in matches]
     by_id = {id(candidate): match for candidate, match in zip(candidates, matches, strict=True)}
     return [by_id[id(candidate)] for candidate in select(operations, needed, candidates)]
 
@@ -131,14 +131,15 @@ def _operation(view: View, node: Node) -> Operation:
     return Operation(tuple(node.all_input_nodes), launches, lambda: node_bytes(node), (node.target, value.shape, value.dtype))
 
 
-def _candidate(view: View, match: Match) -> Candidate:
+def _candidate(view: View, match: Match, launches: int) -> Candidate:
     outputs = tuple(output_nodes(view, match))
     values = list(_input_values(match))
     read = frozenset(value.node for value in values if value.node is not None).difference(outputs)
     span = _span(view, match, outputs, {node for value in values for node in view.nodes[value]})
     label = (match.rule.name, tuple((value.shape, value.dtype) for value in values))
     written = [view.nodes[value][0] for value in match.outputs if value in view.nodes]  # once, whatever aliases and copies it has
-    return Candidate(outputs, read, frozenset(span), 1, lambda: _bytes(read, written), label)
+    hidden = match.rule.hidden_launches if isinstance(match.rule, Rule) else 0
+    return Candidate(outputs, read, frozenset(span), launches, lambda: _bytes(read, written), label, hidden)
 
 
 def _input_values(match: Match) -> Iterable[Value]:

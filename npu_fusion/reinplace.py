@@ -14,6 +14,8 @@ Several writes into one cache are checked in their order. AOT guarantees two thi
 it merges such inputs into one base. And a graph returns a mutated input's new value only where the program returns that input or a view of
 it, so that what is returned may be the input's own memory.
 
+A counter that is only read and then advanced, `copy_(n, n + 1)`, is advanced in place at the end instead.
+
 The same argument turns functional writes to a temporary of the graph (`roll` of a full sliding window, the zeros of a new cache) into
 in-place ones: nothing reads the temporary afterwards.
 
@@ -24,7 +26,6 @@ Its condition on later readers, by overlap of storages, is the model for the one
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from . import torch_private
+from .aliases import READS_METADATA, AliasClasses, is_view, may_alias
 from .provenance import module_of, source_of
 from .record import GraphRecord, Site
 
@@ -50,14 +51,19 @@ IN_PLACE: dict[Any, OpOverload] = {
     aten.scatter_add.default: aten.scatter_add_.default,
     aten.copy.default: aten.copy_.default,
 }
+# Arithmetic on a whole input, as that of a counter.
+IN_PLACE_AT_THE_END: dict[Any, OpOverload] = {
+    aten.add.Tensor: aten.add_.Tensor,
+    aten.sub.Tensor: aten.sub_.Tensor,
+    aten.mul.Tensor: aten.mul_.Tensor,
+}
 # A scatter into a view of its first argument, and the view it scatters into; the arguments after the first two are the view's.
 VIEW_OF_SCATTER: dict[Any, OpOverload] = {
     aten.slice_scatter.default: aten.slice.Tensor,
     aten.select_scatter.default: aten.select.int,
     aten.diagonal_scatter.default: aten.diagonal.default,
 }
-_READS_METADATA = {aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default, aten.sym_storage_offset.default}
-_ALIASES_IN_SECRET = {aten._unsafe_view.default}
+_RESHAPES = {aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims}
 
 
 def reinplace(gm: GraphModule, record: GraphRecord | None = None) -> int:
@@ -69,7 +75,7 @@ def reinplace(gm: GraphModule, record: GraphRecord | None = None) -> int:
     """
     pass_ = _Reinplacer(gm)
     written = pass_.inputs(record) + pass_.temporaries()
-    if written:
+    if pass_.counters() or written:
         gm.graph.lint()
         gm.recompile()
     return written
@@ -109,7 +115,7 @@ class _Reinplacer:
     def __init__(self, gm: GraphModule) -> None:
         self.graph = gm.graph
         self.place = {node: i for i, node in enumerate(gm.graph.nodes)}
-        self.aliases = _alias_classes(gm.graph)
+        self.aliases = AliasClasses(gm.graph)
         self.epilogues = {node.args[0]: node for node in gm.graph.find_nodes(op="call_function", target=aten.copy_.default)}
 
     def inputs(self, record: GraphRecord | None) -> int:
@@ -121,7 +127,7 @@ class _Reinplacer:
                 lowered_to = str(_in_place_op(write.innermost))
                 reason = reason or self._unsafe(write, chain)
                 if record is not None and _is_cache(chain.cache):
-                    record.sites.append(_site(write.node, lowered_to, reason))
+                    record.sites.append(_site(write, lowered_to, reason))
                 if reason is None:
                     self._commit(write, chain.cache)
                     written += 1
@@ -145,6 +151,24 @@ class _Reinplacer:
                 written += 1
         return written
 
+    def counters(self) -> int:
+        """Inputs that get their own value plus or times a number."""
+        advanced = 0
+        for cache, epilogue in list(self.epilogues.items()):
+            node = epilogue.args[1]
+            if epilogue._erased or not isinstance(node, Node) or node.target not in IN_PLACE_AT_THE_END:
+                continue
+            tensors = [arg for arg in node.all_input_nodes if isinstance(arg.meta.get("val"), Tensor)]
+            alone = len(node.users) == 1 and not epilogue.users and _same_layout(cache, node)
+            if alone and tensors == [cache] and node.args[0] is cache and node.args[1] is not cache:
+                with self.graph.inserting_before(epilogue):
+                    new = self.graph.call_function(IN_PLACE_AT_THE_END[node.target], node.args, dict(node.kwargs))
+                new.meta = dict(node.meta)
+                self._erase(epilogue)
+                self._erase(node)
+                advanced += 1
+        return advanced
+
     def _chains(self) -> Iterator[_Chain]:
         for cache, epilogue in self.epilogues.items():
             if cache.op != "placeholder":
@@ -154,26 +178,24 @@ class _Reinplacer:
             while isinstance(node, Node) and node is not cache:
                 if (write := self._write(node)) is not None:
                     chain.writes.insert(0, write)
-                elif not _is_view(node):
+                elif not is_view(node):
                     break
                 node = node.args[0]
             if node is cache and chain.writes:
                 yield chain
 
-    def _write(self, node: Node) -> _Write | None:
+    def _write(self, node: Any) -> _Write | None:
         """`node` as a functional write, through as many views as it scatters into."""
+        if not isinstance(node, Node):
+            return None
         if node.target in IN_PLACE:
             return _Write(node)
         view = VIEW_OF_SCATTER.get(node.target)
         if view is None:
             return None
-        source = node.args[1]
-        if isinstance(source, Node) and (inner := self._write(source)) is not None:
-            target = inner.node.args[0]
-            if isinstance(target, Node) and target.target is view and _view_arguments(target, 1) == _view_arguments(node, 2):
-                same_base = target.args[0] is node.args[0]
-                if same_base and len(source.users) == 1:
-                    return _Write(node, inner)
+        inner = self._write(_reshaped_from(node.args[1]))
+        if inner is not None and _views(inner.node.args[0], view, node):
+            return _Write(node, inner)
         return _Write(node)
 
     def _unsafe(self, write: _Write, chain: _Chain) -> str | None:
@@ -199,17 +221,21 @@ class _Reinplacer:
         """The first node after `write` that reads memory of the alias classes `roots`; views are followed, not counted."""
         for member in self.aliases.members(roots):
             for user in member.users:
-                if self.place[user] <= self.place[write] or user in known or user.target in _READS_METADATA:
+                if self.place[user] <= self.place[write] or user in known or user.target in READS_METADATA:
                     continue
-                if not _is_view(user):
+                if not is_view(user):
                     return user
         return None
 
     def _commit(self, write: _Write, cache: Node) -> None:
         """Turn one write into its in-place form."""
         if write.inner is not None:
+            source = write.node.args[1]
             self._commit(write.inner, cache)
             self._become(write.node, write.node.args[0])
+            while isinstance(source, Node) and source.target in _RESHAPES and not source.users:
+                unused, source = source, source.args[0]
+                self._erase(unused)
         elif write.node.target in IN_PLACE:
             write.node.target = IN_PLACE[write.node.target]
             self.aliases.join(write.node, cache)
@@ -240,74 +266,20 @@ class _Reinplacer:
         self.graph.erase_node(node)
 
 
-class _AliasClasses:
-    """Which nodes may share memory: a union-find whose roots are the nodes that own it, found by data flow from op schemas."""
-
-    def __init__(self) -> None:
-        self._parent: dict[Node, Node] = {}
-        self._members: dict[Node, dict[Node, None]] = {}
-
-    def root(self, node: Any) -> Node:
-        while (parent := self._parent.get(node, node)) is not node:
-            node = parent
-        return node  # type: ignore[no-any-return]
-
-    def join(self, node: Node, other: Node) -> None:
-        """Put `node`'s class into that of `other`, whose root stays."""
-        a, b = self.root(node), self.root(other)
-        if a is b:
-            return
-        self._parent[a] = b
-        self._members.setdefault(b, {b: None}).update(self._members.pop(a, {a: None}))
-
-    def members(self, roots: set[Node]) -> list[Node]:
-        return [node for root in roots for node in self._members.get(root, {root: None})]
-
-    def drop(self, node: Node) -> None:
-        self._members.get(self.root(node), {}).pop(node, None)
+def _reshaped_from(node: Any) -> Any:
+    """What a node is a reshape of, without other users on the way; None where it has others itself."""
+    while isinstance(node, Node) and len(node.users) == 1 and node.target in _RESHAPES:
+        node = node.args[0]
+    return node if isinstance(node, Node) and len(node.users) == 1 else None
 
 
-def _alias_classes(graph: torch.fx.Graph) -> _AliasClasses:
-    classes = _AliasClasses()
-    for node in graph.nodes:
-        if node.op in ("call_function", "call_module", "call_method"):
-            for other in _may_alias(node):
-                classes.join(node, other)
-    return classes
-
-
-def _may_alias(node: Node) -> list[Node]:
-    """The inputs whose memory a node's result may share; all of them where its schema does not tell."""
-    op = node.target
-    if op is operator.getitem:
-        # Every result of a multi-output op belongs to the op's class, whatever else that is.
-        return node.all_input_nodes
-    if not isinstance(op, OpOverload) or op in _ALIASES_IN_SECRET or torch_private.is_composite(op):
-        return [arg for arg in node.all_input_nodes if not isinstance(arg.meta.get("val"), (int, torch.SymInt))]
-    returned = {alias for result in op._schema.returns if result.alias_info for alias in result.alias_info.before_set}
-    if not returned:
-        return []
-    aliased: list[Any] = []
-    for i, argument in enumerate(op._schema.arguments):
-        value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-        if argument.alias_info and argument.alias_info.before_set & returned:
-            aliased += value if isinstance(value, (list, tuple)) else [value]
-    return [value for value in aliased if isinstance(value, Node)]
-
-
-def _is_view(node: Node) -> bool:
-    """Whether a node only says how to look at its first argument, without reading it."""
-    op = node.target
-    if op is operator.getitem:
-        return isinstance(node.args[0], Node) and _is_view(node.args[0])
-    if op in _ALIASES_IN_SECRET:
-        return True
-    if not isinstance(op, OpOverload) or torch_private.is_composite(op):
+def _views(target: Any, view: OpOverload, scatter: Node) -> bool:
+    """Whether a node is the view that a scatter writes, or a reshape of it: numbering the elements row by row, the same ones."""
+    while isinstance(target, Node) and target.target in _RESHAPES:
+        target = target.args[0]
+    if not isinstance(target, Node) or target.target is not view or target.args[0] is not scatter.args[0]:
         return False
-    arguments, returns = op._schema.arguments, op._schema.returns
-    views = [r.alias_info for r in returns if r.alias_info]
-    # contiguous and its like return their input or a copy of it: they read.
-    return bool(views) and not op._schema.is_mutable and arguments[0].alias_info is not None and op is not aten.contiguous.default
+    return _view_arguments(target, 1) == _view_arguments(scatter, 2)
 
 
 def _view_arguments(node: Node, first: int) -> tuple[Any, ...]:
@@ -334,7 +306,7 @@ def _is_fresh(node: Node) -> bool:
     op = node.target
     if node.op != "call_function" or not isinstance(op, OpOverload) or not isinstance(node.meta.get("val"), Tensor):
         return False
-    return not op._schema.is_mutable and not _may_alias(node)
+    return not op._schema.is_mutable and not may_alias(node)
 
 
 def _layout_reason(chain: _Chain) -> str | None:
@@ -362,8 +334,8 @@ def _is_cache(node: Node) -> bool:
     return isinstance(val, Tensor) and val.dim() >= 3
 
 
-def _site(node: Node, lowered_to: str, reason: str | None) -> Site:
-    fused = reason is None
+def _site(write: _Write, lowered_to: str, reason: str | None) -> Site:
+    node, fused = write.node, reason is None
     return Site(
         idiom="kv_update",
         fused=fused,
@@ -374,4 +346,5 @@ def _site(node: Node, lowered_to: str, reason: str | None) -> Site:
         module=module_of(node),
         node=node.name,
         rule="reinplace",
+        call=write.innermost.name if fused else None,
     )

@@ -297,6 +297,10 @@ def config_dict(config: FusionConfig) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if field.name == "executor_options":
+            plain = (str, int, float, type(None))
+            values[field.name] = {name: option if isinstance(option, plain) else repr(option) for name, option in value}
+            continue
         values[field.name] = [item if isinstance(item, str) else item.name for item in value] if isinstance(value, tuple) else value
     return values
 

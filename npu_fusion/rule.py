@@ -58,6 +58,8 @@ class Rule:
         instead_of: idioms that absorbed forms do not count any more, because the rule's own say more of the same occurrence: a gated norm
             is not a norm as well.
         check: soundness conditions that the pattern cannot say; None when the match is sound.
+        hidden_launches: launches inside the ops that a match replaces of which the cost model knows nothing, such as the copy of an operand
+            that an op wants in another order. Of two graphs with equally many launches the one that is spared more of these is taken.
         gist: a smaller pattern that already betrays the author's intent. Where it matches and the rule does not, the report shows a miss
             of `gist_idiom` (the first of `idioms` by default). It binds the place under `site`.
     """
@@ -71,6 +73,7 @@ class Rule:
     check: Callable[[Match], Reject | None] | None = None
     gist: Pattern | None = None
     gist_idiom: str | None = None
+    hidden_launches: int = 0
 
     def __post_init__(self) -> None:
         if self.pattern.roots() is None:

@@ -1,9 +1,9 @@
 """Selection: among all matches, those that make the cheapest graph.
 
 A value may be computed by its original nodes or by any match that has it as an output. The cost of a graph is what remains alive: kernel
-launches first, bytes moved to break ties, both without reading a size hint. Matches that cannot influence one another are decided apart;
-each group is solved exactly up to `EXACT_LIMIT` candidates, and by steepest descent beyond. Equal groups (the layers of a model) are
-solved once.
+launches first, those hidden inside ops and then bytes moved to break ties, all without reading a size hint. Matches that cannot influence
+one another are decided apart; each group is solved exactly up to `EXACT_LIMIT` candidates, and by steepest descent beyond. Equal groups
+(the layers of a model) are solved once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Operation:
 @dataclass(frozen=True, eq=False)
 class Candidate:
     """A match as selection sees it: it can make `outputs` from `inputs`. `span` holds the nodes that it makes superfluous, if nobody else
-    needs them; its outputs among them."""
+    needs them; its outputs among them. `hidden` counts the launches inside ops of the span that their cost does not show."""
 
     outputs: tuple[Key, ...]
     inputs: frozenset[Key]
@@ -41,6 +41,7 @@ class Candidate:
     launches: int
     bytes: Callable[[], sympy.Expr]
     label: Hashable = None
+    hidden: int = 0
 
 
 @dataclass
@@ -191,18 +192,22 @@ class _Solver:
                 alive.add(node)
                 stack.extend(arg for arg in self.operations[node].args if arg in self.span)
         parts = [self.operations[node] for node in alive] + [self.candidates[i] for i in used]
-        return _Cost(sum(part.launches for part in parts), parts, tuple(sorted(used)))
+        spared = sum(self.candidates[i].hidden for i in used)
+        return _Cost(sum(part.launches for part in parts), spared, parts, tuple(sorted(used)))
 
 
 @dataclass
 class _Cost:
     launches: int
+    spared: int
     parts: list[Operation | Candidate]
     used: tuple[int, ...]
 
     def __lt__(self, other: _Cost) -> bool:
         if self.launches != other.launches:
             return self.launches < other.launches
+        if self.spared != other.spared:
+            return self.spared > other.spared
         if self.used == other.used:
             return False
         return surely_less(_bytes(self), _bytes(other))

@@ -34,9 +34,12 @@ FOLDED_BYTES = 1 << 16
 
 LEAST = "npu_fusion_least"
 """Key of the meta of a folded constant: the least of its integers."""
+NUMBER = "npu_fusion_number"
+"""Key of the meta of a folded constant of one element: its value."""
 
 aten = torch.ops.aten
 _VIEWS = frozenset({"reshape", "permute", "expand", "slice"})
+_PERMUTATIONS = frozenset({aten.transpose.int, aten.permute.default, aten.t.default})
 
 
 def merge_equal(gm: GraphModule, view: View) -> int:
@@ -58,6 +61,7 @@ class _Merger:
         self.returned = returned_memory(gm.graph)
         self.first: dict[Hashable, Node] = {}
         self.template: Node | None = None
+        self.restrided: set[Node] = set()
 
     def run(self) -> int:
         merged = 0
@@ -65,6 +69,7 @@ class _Merger:
             key = None if node._erased else _key(node)
             if key is None:
                 continue
+            self._restride(node)
             known = self.first.setdefault(key, node)
             other = known if known is not node else self._unchanged(node)
             if other is not None and self._can_replace(node, other):
@@ -72,6 +77,13 @@ class _Merger:
                 self._erase(node)
                 merged += 1
         return merged
+
+    def _restride(self, node: Node) -> None:
+        """A node in place of another may lie otherwise in memory: so do permutations of it, of which a copy may then change nothing."""
+        source = node.args[0] if node.target in _PERMUTATIONS else None
+        if isinstance(source, Node) and (source not in self.view.of or source in self.restrided):
+            node.meta["val"] = self.metadata.of(node.target, node.args, node.kwargs)
+            self.restrided.add(node)
 
     def _can_replace(self, node: Node, other: Node) -> bool:
         """Whether users of `node` can use `other`: it lies in memory as that does, nobody writes to either, and one result is not two."""
@@ -88,9 +100,9 @@ class _Merger:
 
     def _erase(self, node: Node) -> None:
         """Erase a node that nobody uses, and what only it used."""
-        operands = node.all_input_nodes
+        operands, key = node.all_input_nodes, _key(node)
         self.graph.erase_node(node)
-        if (key := _key(node)) is not None and self.first.get(key) is node:
+        if key is not None and self.first.get(key) is node:
             del self.first[key]
         for operand in operands:
             if not operand.users and operand.op == "call_function" and not operand.is_impure():
@@ -181,9 +193,11 @@ def fold_constants(gm: GraphModule, dry_run: bool = False) -> int:
 
 
 def _facts(constant: Tensor) -> dict[str, Any]:
-    """What a lowering may ask of a constant, also where that has no memory: the least of its integers."""
-    is_integer = not constant.is_floating_point() and not constant.is_complex() and constant.dtype != torch.bool
-    return {LEAST: int(constant.min())} if is_integer and constant.numel() else {}
+    """What a lowering may ask of a constant, also where that has no memory: the least of its integers, the one number that it holds."""
+    if constant.is_complex() or constant.dtype == torch.bool or not constant.numel():
+        return {}
+    least = {} if constant.is_floating_point() else {LEAST: int(constant.min())}
+    return {**least, **({NUMBER: constant.item()} if constant.numel() == 1 else {})}
 
 
 def _is_foldable(node: Node, known: dict[Node, Tensor]) -> bool:

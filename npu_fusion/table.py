@@ -53,10 +53,10 @@ def renderables(report: FusionReport) -> Iterator[RenderableType]:
 def headline(report: FusionReport) -> str:
     """One sentence that says how much was fused."""
     sites, fused = len(report.sites), sum(report.idioms.values())
-    graphs = _plural(len(report.records), "graph")
+    graphs = plural(len(report.records), "graph")
     if not sites:
         return f"npu_fusion: no idiom was recognised in {graphs}"
-    return f"npu_fusion: {fused} of {_plural(sites, 'site')} fused ({100 * fused // sites}%) in {graphs}"
+    return f"npu_fusion: {fused} of {plural(sites, 'site')} fused ({100 * fused // sites}%) in {graphs}"
 
 
 def config_line(report: FusionReport) -> str:
@@ -175,7 +175,7 @@ def _cost_lines(report: FusionReport) -> Iterator[RenderableType]:
 
 def _remarks(report: FusionReport) -> Iterator[tuple[str, list[str]]]:
     if report.graph_breaks:
-        yield f"{_plural(len(report.graph_breaks), 'graph break')}:", report.graph_breaks
+        yield f"{plural(len(report.graph_breaks), 'graph break')}:", report.graph_breaks
     if lines := passed_over(report.sites):
         yield "Providers that could not take a call:", lines
     if report.rule_errors:
@@ -192,5 +192,5 @@ def _counts(counter: Counter[str]) -> str:
     return ", ".join(name if count == counter.total() else f"{name} x{count}" for name, count in counter.most_common())
 
 
-def _plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

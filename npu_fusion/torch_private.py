@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import CodeType, FrameType
@@ -171,6 +172,56 @@ def is_torch_memory(value: torch.Tensor) -> bool:
     return value.untyped_storage().resizable()
 
 
+class MemoryReference:
+    """Refers to the storage of a tensor without keeping it alive."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        from torch.multiprocessing.reductions import StorageWeakRef
+
+        self._reference = StorageWeakRef(value.untyped_storage())
+
+    def freed(self) -> bool:
+        """Whether the storage is gone; its address may belong to another one by now."""
+        return bool(self._reference.expired())
+
+
+def stop_filling_pool(device: torch.device, pool: Any) -> None:
+    """End what a graph capture began: that allocations go to its pool. Does nothing where they do not."""
+    end: Callable[..., Any] | None = None
+    if device.type == "cuda":
+        end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+    elif device.type == "npu":
+        import torch_npu
+
+        end = getattr(torch_npu._C, "_npu_endAllocateToPool", None)
+    if end is not None:
+        with contextlib.suppress(RuntimeError):  # "not recording to this pool"
+            end(device.index, pool)
+
+
+def unowned_npu_tensor(value: torch.Tensor) -> torch.Tensor:
+    """A tensor over the memory of an npu tensor that does not keep it alive."""
+    import torch_npu
+
+    unowned: torch.Tensor = torch_npu._C._weak_ref_tensor(value)
+    return unowned
+
+
+def set_up_npu_compilers() -> None:
+    """Make npugraph_ex, torchair and torch_npu's device known to Dynamo. Imports torch_npu."""
+    from torch_npu.utils._dynamo import _lazy_dynamo_setup
+
+    _lazy_dynamo_setup()
+
+
+# Schemas
+
+
+def parse_schema(text: str) -> Any:
+    """The schema of an operator from its line, `name(Tensor x) -> Tensor`."""
+    return torch._C.parse_schema(text)
+
+
 # Dispatcher state and tensor kinds
 
 
@@ -227,6 +278,13 @@ def fake_mode_of(gm: GraphModule) -> Any:
     return next((mode for mode in modes if mode is not None), None)
 
 
+def allow_constants(gm: GraphModule) -> None:
+    """Let whoever runs a graph on fake tensors meet real ones among its constants."""
+    mode = fake_mode_of(gm)
+    if mode is not None:
+        mode.allow_non_fake_inputs = True
+
+
 def without_fake() -> Any:
     """A context in which tensors are real, whatever fake mode is in force."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -258,6 +316,13 @@ def unbacked_float(mode: Any) -> Any:
     """A SymFloat of unknown value, for the metadata of a node that reads a number out of a tensor."""
     with mode.shape_env.ignore_fresh_unbacked_symbols():
         return mode.shape_env.create_unbacked_symfloat()
+
+
+def unbacked_symbols(value: torch.Tensor) -> Any:
+    """The symbols in the sizes and strides of a fake tensor that stand for numbers found in data."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return free_unbacked_symbols(value)
 
 
 def is_configuration(grapharg: Any) -> bool:
@@ -310,6 +375,21 @@ def inductor_compile(gm: GraphModule, example_inputs: Sequence[Any], patches: di
         compiled = compile_fx(gm, list(example_inputs), config_patches=patches)
     assert callable(compiled)
     return compiled
+
+
+def inductor_has_option(name: str) -> bool:
+    """Whether Inductor's configuration has an option, e.g. `triton.cudagraphs`."""
+    import torch._inductor.config as inductor_config
+
+    return name in inductor_config.get_config_copy()
+
+
+def load_npu_inductor() -> None:
+    """Let torch_npu register device, lowerings and passes with Inductor, as it does when `torch.compile` is told to use Inductor."""
+    from torch_npu.utils._dynamo import _lazy_inductor_setup
+
+    set_up_npu_compilers()
+    _lazy_inductor_setup()
 
 
 def inductor_decompositions() -> dict[Any, Callable[..., Any]]:

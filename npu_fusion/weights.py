@@ -46,6 +46,7 @@ aten = torch.ops.aten
 
 ALIGNMENT = 16  # bytes: every linear's part of the result starts where kernels can read whole vectors
 _VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default})
+_PRODUCTS = frozenset({aten.mm.default, aten.matmul.default})
 _SAME = _VIEWS | {aten.clone.default, aten.alias.default, aten.detach.default}
 
 
@@ -76,13 +77,18 @@ class _Linear:
 
 
 def _linear(node: Node, parameters: set[Node]) -> _Linear | None:
-    """The linear that a node computes from parameters, or None."""
+    """The linear that a node computes from parameters, or None.
+
+    On an NPU a linear whose input has leading dimensions is a `matmul`, and an `add` where it has a bias; elsewhere AOT folds them.
+    """
     if node.target is aten.linear.default:
         x, weight, bias = (*node.args, None)[:3]
-    elif node.target is aten.mm.default:
+    elif node.target in _PRODUCTS and not _is_biased(node, parameters):
         x, weight, bias = node.args[0], _transposed(node.args[1]), None
     elif node.target is aten.addmm.default and not node.kwargs:
         bias, x, weight = node.args[0], node.args[1], _transposed(node.args[2])
+    elif node.target is aten.add.Tensor and isinstance(node.args[0], Node) and _is_biased(node.args[0], parameters):
+        x, weight, bias = node.args[0].args[0], _transposed(node.args[0].args[1]), node.args[1]
     else:
         return None
     if weight not in parameters or (bias is not None and bias not in parameters):
@@ -95,6 +101,17 @@ def _linear(node: Node, parameters: set[Node]) -> _Linear | None:
     if weight.meta["val"].shape[0] * weight.meta["val"].itemsize % ALIGNMENT or _leaves(result):
         return None
     return _Linear(node, x, weight, bias if isinstance(bias, Node) else None, result)
+
+
+def _is_biased(node: Node, parameters: set[Node]) -> bool:
+    """Whether the node is a `matmul` to which its only user adds a vector of parameters."""
+    if node.target is not aten.matmul.default or len(node.users) != 1:
+        return False
+    [user] = node.users
+    if user.target is not aten.add.Tensor or user.kwargs or user.args[0] is not node or user.args[1] not in parameters:
+        return False
+    bias = user.args[1].meta["val"]  # type: ignore[union-attr]
+    return bias.dim() == 1 and same_shape(to_shape(bias.shape), to_shape(node.meta["val"].shape[-1:]))
 
 
 def _transposed(node: Any) -> Any:
@@ -250,9 +267,10 @@ class _Emitter:
         if first.node.target is aten.linear.default:
             return self._emit(aten.linear.default, (first.x, weight, bias), first)
         transposed = self._emit(aten.t.default, (weight,), first)
-        if bias is None:
-            return self._emit(aten.mm.default, (first.x, transposed), first)
-        return self._emit(aten.addmm.default, (bias, first.x, transposed), first)
+        if first.node.target is aten.addmm.default:
+            return self._emit(aten.addmm.default, (bias, first.x, transposed), first)
+        product = self._emit(aten.mm.default if first.node.target is aten.mm.default else aten.matmul.default, (first.x, transposed), first)
+        return product if bias is None else self._emit(aten.add.Tensor, (product, bias), first)
 
     def _emit(self, target: OpOverload, args: tuple[Any, ...], origin: _Linear) -> Node:
         node = self.graph.call_function(target, args)

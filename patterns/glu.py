@@ -25,7 +25,7 @@ from .activation import activation, activation_of, other_activation, slope, sour
 
 gate = opt_upcast(any_of(op("clamp", opt_upcast(var("gate")), lit("gate_limit"), low=False, high=True), var("gate")))
 clamped_up = any_of(op("clamp", opt_upcast(var("up")), lit("up_low"), lit("up_high"), low=True, high=True), var("up"))
-up = opt_cast(any_of(opt_cast(clamped_up) + lit("up_offset"), clamped_up))
+up = opt_cast(any_of(opt_cast(clamped_up) + lit("up_offset"), clamped_up)).as_("up_factor")
 
 product = any_of(
     prod(gate, slope(gate), up),  # silu, its factors in whatever order: (up * x) * sigmoid(x)
@@ -91,10 +91,22 @@ def rewrite_glu(m: Match) -> Call:
     args: dict[str, Any] = {"gate": m["gate"], "up": m["up"], "activation": activation_of(m), "out_dtype": m.root.dtype}
     if merged is not None:
         args.update(gate=merged, up=None, layout=layout)
+    if (rounded := _rounds_to(m)) is not None:
+        args["round_dtype"] = rounded
     for name, binding in (("alpha", "alpha"), ("gate_limit", "gate_limit"), ("up_limit", "up_high"), ("up_offset", "up_offset")):
         if binding in m:
             args[name] = m[binding]
     return Call(glu, args, [m.root])
+
+
+def _rounds_to(m: Match) -> torch.dtype | None:
+    """The dtype of fewer than 32 bits to which the model rounds the activated gate before the product, or None."""
+    activated = [arg for arg in m["site"].args if arg is not m["up_factor"]]
+    if len(activated) != 1:
+        return None  # spread over the product: there is no activated gate by itself
+    values = (*activated, *activated[0].args) if activated[0].op == "cast" else activated
+    narrowest: torch.dtype = min((value.dtype for value in values), key=bits)
+    return narrowest if bits(narrowest) < 32 else None
 
 
 def _merged(g: Value, u: Value) -> tuple[Value | None, str]:

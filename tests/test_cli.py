@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
 from npu_fusion import lower
-from npu_fusion.cli import environment, loading, main
+from npu_fusion.cli import cann, environment, loading
 from npu_fusion.cli.loading import ModelOptions, load
 from npu_fusion.config import TARGETS
 from npu_fusion.errors import UnsupportedInputError
 from npu_fusion.lower import Provider
+from tests.command_line import Result, call
 
 TINY = {
     "model_type": "qwen3",
@@ -54,12 +55,6 @@ def fails(): return (lambda x: x @ x), (torch.ones(2, 8),)
 """
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 class Run:
     """Calls the console script's entry point in a folder of its own that holds `models_for_cli.py` and `config.json`."""
 
@@ -70,12 +65,8 @@ class Run:
         monkeypatch.chdir(folder)
 
     def __call__(self, *arguments: str) -> Result:
-        self._monkeypatch.setattr(sys, "argv", ["npu-fusion", *arguments])
         sys.modules.pop("models_for_cli", None)
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        out, err = self._capsys.readouterr()
-        return Result(int(exit_.value.code or 0), out, err)
+        return call(self._monkeypatch, self._capsys, *arguments)
 
 
 @pytest.fixture
@@ -219,13 +210,13 @@ def test_ops_lists_ops_rules_and_providers(run: Run) -> None:
 
 def test_ops_of_a_target(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     fast, slow = (
-        Provider(name, "rms_norm", ("cpu",), refuses=lambda node, config: None, lower=lambda graph, node: None, rank=rank)
-        for rank, name in enumerate(("made.fast", "made.slow"))
+        Provider(name, "rms_norm", ("cpu",), lower=lambda builder, arguments: builder.refuse("never called"), rank=rank)
+        for rank, name in enumerate(("m.fast", "m.slow"))
     )
     monkeypatch.setattr(lower, "_PROVIDERS", [slow, fast])
-    assert "made.fast, made.slow, reference" in run("ops", "--target", "cpu").out
-    assert "made.fast (cpu), made.slow (cpu), reference" in run("ops").out
-    assert "made." not in run("ops", "--target", "ascend910b").out
+    assert "m.fast, m.slow, reference" in run("ops", "--target", "cpu").out
+    assert "m.fast (cpu), m.slow (cpu), reference" in run("ops").out
+    assert "m.fast" not in run("ops", "--target", "ascend910b").out
     unknown = run("ops", "--target", "tpu")
     assert unknown.code == 2
     assert "unknown target 'tpu'" in unknown.err
@@ -244,7 +235,7 @@ def test_doctor_never_imports_torch_npu(run: Run, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_ascend_wants(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for variable in environment._CANN_VARIABLES:
+    for variable in cann.VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(environment, "installed", lambda name: None)
     monkeypatch.setattr(environment, "npu_devices", list)

@@ -10,6 +10,7 @@ import torch
 
 from npu_fusion import ConfigError, FusionConfig
 from npu_fusion.config import EXECUTORS, ROUNDINGS, TARGETS
+from npu_fusion.report import config_dict
 from npu_fusion.rule import registered_rules
 
 
@@ -26,6 +27,10 @@ from npu_fusion.rule import registered_rules
         ({"verify": "yes"}, ["'verify' takes True or False, not 'yes'"]),
         ({"emulate": 1}, ["'emulate' takes True or False, not 1"]),
         ({"merge_weights": None}, ["'merge_weights' takes True or False"]),
+        ({"capture_limit": 0}, ["'capture_limit' takes a positive number, not 0"]),
+        ({"capture_limit": True}, ["'capture_limit' takes a positive number"]),
+        ({"executor_options": "mode"}, ["'executor_options' takes a dict of options by name, not 'mode'"]),
+        ({"executor": "graph", "executor_options": {"mode": 1}}, ["executor 'graph' hands the graph to no compiler"]),
         ({"extra_rules": ("rms_norm",)}, ["'extra_rules' takes rules", "'rms_norm'"]),
         ({"tagret": "cpu"}, ["unknown option 'tagret'", "Did you mean 'target'?", "rounding", "executor", "verify"]),
     ],
@@ -70,6 +75,15 @@ def test_a_config_is_a_value() -> None:
     assert hash(config) == hash(dataclasses.replace(config))
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.target = "cpu"  # type: ignore[misc]
+
+
+def test_executor_options_are_a_value() -> None:
+    options = {"mode": "reduce-overhead", "clone_output": True}
+    config = FusionConfig(executor="torchair", executor_options=options)
+    assert dict(config.executor_options) == options
+    assert config == FusionConfig(executor="torchair", executor_options=dict(reversed(options.items())))
+    assert hash(config) == hash(dataclasses.replace(config))
+    assert config_dict(config)["executor_options"] == options
 
 
 def test_options_reach_torch_compile_as_our_error() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from npu_fusion.backend import records_of
 from npu_fusion.errors import ConfigError
+from npu_fusion.lowerings import inductor
 from npu_fusion.lowerings.inductor import inductor_options
 from npu_fusion.report import report
 from tests.blocks import Block, assert_close, compiled, single
@@ -64,6 +67,30 @@ class TestInductor:
         assert aten.silu.default in aten_calls
         assert torch.ops.npu_fusion_lifted.scaled_dot_product_attention.default in aten_calls
         assert torch.ops.npu_fusion_lifted.rms_norm.default in aten_calls
+
+    def test_executor_options_are_inductors(self) -> None:
+        run = compiled(torch.sin, options={"executor": "inductor", "executor_options": {"epilogue_fusion": False}})
+        assert_close(run(self.x), self.x.sin())
+        run = compiled(torch.cos, options={"executor": "inductor", "executor_options": {"epilog_fusion": False}})
+        with pytest.raises(Exception, match="ConfigError: Inductor has no option 'epilog_fusion'"):
+            run(self.x)
+
+    def test_passes_that_torch_npu_would_set_later_are_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It puts its passes into the configuration when Inductor first compiles for an NPU, over whatever stands there."""
+
+        def its_pass(graph: Any) -> None:
+            return None
+
+        def load() -> None:
+            torch._inductor.config.pre_grad_custom_pass = its_pass
+
+        monkeypatch.setitem(sys.modules, "torch_npu", types.ModuleType("torch_npu"))
+        monkeypatch.setattr(torch, "get_device_module", lambda device: types.SimpleNamespace(is_available=lambda: True))
+        monkeypatch.setattr(inductor, "_missing_for_npu", lambda: None)
+        monkeypatch.setattr(inductor.torch_private, "load_npu_inductor", load)
+        with torch._inductor.config.patch(pre_grad_custom_pass=None):
+            options = inductor_options()
+        assert options["pre_grad_custom_pass"].before == (its_pass,)
 
     @pytest.mark.slow
     def test_custom_passes_leave_training_alone(self) -> None:

@@ -123,6 +123,19 @@ class TestWritesInPlace:
         assert done.whole_copies == 0
         assert done.written == [2]
 
+    def test_a_reshaped_part_of_a_cache(self) -> None:
+        """Keys and values in one tensor of pages, tokens written into each part as one list of slots."""
+
+        def step(c: Tensor, slots: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            c[0].view(-1, 4).index_copy_(0, slots, x)
+            c[1].view(-1, 4).index_copy_(0, slots, x * 2)
+            return c[0].sum(), c[1].sum()
+
+        done = Reinplaced(step, torch.randn(2, 3, 2, 4), torch.tensor([5, 0]), torch.randn(2, 4))
+        assert done.targets.count(aten.index_copy_.default) == 2
+        assert done.whole_copies == 0
+        assert not {aten.select_scatter.default, aten.copy_.default} & set(done.targets)
+
     def test_index_put_with_a_table_of_slots(self) -> None:
         def step(c: Tensor, slots: Tensor, x: Tensor) -> Tensor:
             c.view(-1, 4)[slots] = x
@@ -372,3 +385,30 @@ def _graph_with_late_reader(*, through_view: bool = False, returned: bool = Fals
     graph.call_function(aten.copy_.default, (c, new))
     graph.output((late, new))
     return GraphModule(torch.nn.Module(), graph)
+
+
+class TestCounters:
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_advanced_at_the_end(self, dynamic: bool) -> None:
+        def step(seen: Tensor, x: Tensor) -> Tensor:
+            positions = torch.arange(x.shape[0]) + seen
+            seen.add_(x.shape[0])
+            return positions
+
+        done = Reinplaced(step, torch.tensor(3), torch.randn(5), dynamic=dynamic)
+        assert done.targets[-1] is aten.add_.Tensor
+        assert aten.copy_.default not in done.targets
+        assert done.sites == []
+
+    @pytest.mark.parametrize(
+        "step",
+        [
+            lambda n, x: n.add_(1) * 2,  # the new value is used
+            lambda n, x: n.add_(x),  # what is added may have been written to by then
+            lambda n, x: n.copy_(1 - n),  # the number comes first
+            lambda n, x: n.add_(n),
+        ],
+    )
+    def test_others_stay_copies(self, step: Callable[..., Any]) -> None:
+        done = Reinplaced(step, torch.ones(3), torch.ones(3))
+        assert aten.add_.Tensor not in done.targets

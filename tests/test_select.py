@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -220,3 +221,12 @@ def test_a_widely_shared_node_does_not_join_groups() -> None:
 def test_surely_less(a: str, b: str, less: bool) -> None:
     symbols = {name: sympy.Symbol(name, integer=True, nonnegative=True) for name in "st"}
     assert surely_less(sympy.sympify(a, symbols), sympy.sympify(b, symbols)) is less
+
+
+def test_hidden_launches_break_ties_before_bytes() -> None:
+    operations = {0: operation(launches=0), 1: operation(0), 2: operation(1, size=1)}
+    plain, sparing = candidate([2], [1], [2], size=9), candidate([2], [1], [2], size=9)
+    sparing = dataclasses.replace(sparing, hidden=1)
+    assert select(operations, [2], [plain]) == []
+    assert select(operations, [2], [plain, sparing]) == [sparing]
+    assert select(operations, [2], [dataclasses.replace(sparing, launches=2)]) == []

@@ -14,12 +14,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 import npu_fusion
 from npu_fusion.backend import records_of
 from npu_fusion.numerics import error_bound, relative_error
 from npu_fusion.record import GraphRecord
+from npu_fusion.torch_private import FakeTensorMode
+from npu_fusion.weights import merge_linears
 
 HIDDEN, INNER = 16, 24
 MM, ADDMM = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
@@ -600,3 +604,56 @@ def test_model_is_freed() -> None:
     del compiled
     gc.collect()
     assert storage() is None
+
+
+def traced_on_npu(x: Tensor, *linears: nn.Linear) -> tuple[GraphModule, list[Tensor]]:
+    """The linears of one input as AOT traces them on an NPU, `matmul` and `add`, side by side; and the graph's inputs."""
+    graph, mode, values = Graph(), FakeTensorMode(), [x, *(p for linear in linears for p in linear.parameters())]
+    nodes = {id(value): graph.placeholder(f"input_{i}") for i, value in enumerate(values)}
+    for value in values:
+        nodes[id(value)].meta["val"] = mode.from_tensor(value)
+
+    def call(target: Any, *args: Any) -> Node:
+        node = graph.call_function(target, args)
+        with mode:
+            node.meta["val"] = target(*map_arg(args, lambda arg: arg.meta["val"]))
+        return node
+
+    aten, results = torch.ops.aten, []
+    for linear in linears:
+        result = call(aten.matmul.default, nodes[id(x)], call(aten.t.default, nodes[id(linear.weight)]))
+        results.append(result if linear.bias is None else call(aten.add.Tensor, result, nodes[id(linear.bias)]))
+    graph.output(tuple(call(aten.relu.default, result) for result in results))
+    return GraphModule({}, graph), values
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linears_as_an_npu_traces_them_are_merged(bias: bool) -> None:
+    linears = [nn.Linear(HIDDEN, size, bias=bias) for size in (16, 32)]
+    gm, values = traced_on_npu(inputs(2, 5), *linears)
+    expected = [F.relu(linear(values[0])) for linear in linears]
+    merger = merge_linears(gm, values)
+    assert merger is not None
+    assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.matmul.default)) == 1
+    with torch.no_grad():
+        results = gm(*values, *merger(values))
+    assert is_merged(*(linear.weight for linear in linears))
+    for actual, wanted in zip(results, expected, strict=True):
+        assert relative_error(actual, wanted) < error_bound(torch.float32)
+
+
+def test_a_vector_that_is_broadcast_is_no_bias() -> None:
+    """Merged, it would lie where the bias of one row is wanted; the products below it are merged without it."""
+    linears = [nn.Linear(HIDDEN, 16), nn.Linear(HIDDEN, 32)]
+    for linear in linears:
+        linear.bias = nn.Parameter(torch.randn(1))
+    gm, values = traced_on_npu(inputs(2, 5), *linears)
+    expected = gm(*values)
+    merger = merge_linears(gm, values)
+    assert merger is not None
+    assert len(merger.slots) == 1
+    assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)) == 2
+    with torch.no_grad():
+        results = gm(*values, *merger(values))
+    for actual, wanted in zip(results, expected, strict=True):
+        assert relative_error(actual, wanted) < error_bound(torch.float32)

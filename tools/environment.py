@@ -62,12 +62,18 @@ def ensure(name: str = "main") -> Path:
     return folder / "bin" / "python"
 
 
+def python_of(name: str) -> Path:
+    """The Python of an environment, or the one that a variable names in its place."""
+    existing = os.environ.get(OVERRIDES[name])
+    return Path(existing) if existing else ensure(name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print the path of an environment's Python, after building it where need be.")
     parser.add_argument("name", nargs="?", default="main", choices=REQUIREMENTS)
     name: str = parser.parse_args().name
     try:
-        print(os.environ.get(OVERRIDES[name]) or ensure(name))
+        print(python_of(name))
     except subprocess.CalledProcessError as error:
         sys.exit(f"npu-fusion: pip failed ({error.returncode}). {OVERRIDES[name]} names an existing environment's Python to use instead.")
 

@@ -3,10 +3,11 @@
 - `table/*.toml` is what is known of these ops, as data: schema, SoCs, dtypes, limits, whether a capture may hold them, each with its
   source. `table.py` reads it and checks calls against it.
 - One module a family (`norm.py`, `rope.py`, ...) has the providers: how a semantic op becomes calls of these ops.
+- `sgl.py` makes ops of those functions of sgl-kernel-npu that are none.
 - `library.py` makes `torch.ops.npu.*` exist: torch_npu's own where it is installed, else defined from the table's schemas.
 - `emulation/` has CPU kernels of the ops, so that an Ascend lowering can be run, and its numbers tested, without an NPU.
 """
 
-from . import attention, cache, glu, matmul, norm, rope
+from . import attention, cache, capture_facts, glu, matmul, norm, rope
 
-__all__ = ["attention", "cache", "glu", "matmul", "norm", "rope"]
+__all__ = ["attention", "cache", "capture_facts", "glu", "matmul", "norm", "rope"]

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from ...lower import Arguments, Builder
-from .provide import Npu, keeps_rounding, provides
+from .provide import Npu, keeps_rounding, provides, provides_aten
 
 aten = torch.ops.aten
 
@@ -36,11 +36,19 @@ def _weight(b: Builder, x: Node, weight: Node | None) -> Node:
     return weight if b.val(weight).dtype == dtype or dtype in _HALVES else b.cast(weight, dtype)
 
 
-def _rounds_before_weight(b: Builder, a: Arguments, dtype: torch.dtype) -> torch.dtype | None:
-    """The 16-bit dtype to which the model rounds the normalised x before the weight, or None; with no weight it makes no difference."""
-    if a.weight is None or a.round_dtype not in _HALVES:
-        return None
-    return dtype if a.round_dtype == dtype else a.round_dtype  # type: ignore[no-any-return]
+def _rounds_before_weight(a: Arguments, dtype: torch.dtype) -> torch.dtype | None:
+    """The 16-bit dtype to which the model rounds the normalised x before the weight, or None.
+
+    With no weight it makes no difference where that is `dtype`, to which the op rounds next.
+    """
+    rounded = a.round_dtype if a.round_dtype in _HALVES else None
+    return None if a.weight is None and rounded == dtype else rounded
+
+
+def _not_float64(b: Builder, **tensors: Node | None) -> None:
+    """Refuse float64, which no norm of the NPU takes and fp32 would cut short."""
+    for name, tensor in tensors.items():
+        b.require(tensor is None or b.val(tensor).dtype != torch.float64, f"{name} is float64")
 
 
 def _normalised(b: Builder, a: Arguments, npu: Npu, x: Node, out_dtype: torch.dtype, *, gemma: bool) -> Node:
@@ -48,7 +56,7 @@ def _normalised(b: Builder, a: Arguments, npu: Npu, x: Node, out_dtype: torch.dt
     b.only_if(a.weight_offset == gemma)
     x = b.cast(x, torch.promote_types(b.val(x).dtype, out_dtype))
     dtype = b.val(x).dtype
-    keeps_rounding(b, None, _rounds_before_weight(b, a, dtype), "the normalised x before the weight")
+    keeps_rounding(b, None, _rounds_before_weight(a, dtype), "the normalised x before the weight")
     if gemma:
         weight = a.weight if dtype in _HALVES else b.cast(a.weight, dtype)
         y, _ = npu("npu::npu_gemma_rms_norm", x, weight, a.eps)
@@ -73,8 +81,9 @@ def gemma_rms_norm(b: Builder, a: Arguments, npu: Npu) -> Node:
 def fp32_rms_norm(b: Builder, a: Arguments, npu: Npu) -> Node:
     """The general form in fp32 around one npu_rms_norm: 1 + weight of another dtype, gates before or after, groups of channels."""
     out_dtype = a.out_dtype or b.val(a.x).dtype
+    _not_float64(b, x=a.x, weight=a.weight, gate=a.gate)
     x, weight = b.cast(a.x, torch.float32), a.weight
-    keeps_rounding(b, None, _rounds_before_weight(b, a, out_dtype), "the normalised x")
+    keeps_rounding(b, None, _rounds_before_weight(a, out_dtype if a.gate is None else torch.float32), "the normalised x before the weight")
     gate = None if a.gate is None else b.emit(_GATES[a.gate_activation], b.cast(a.gate, torch.float32))
     if gate is not None and a.gate_first:
         x = b.emit(aten.mul.Tensor, x, gate)
@@ -133,7 +142,7 @@ def add_rms_norm(b: Builder, a: Arguments, npu: Npu) -> list[Node]:
     if dtype in _HALVES and a.weight is not None:
         keeps_rounding(b, dtype, a.round_dtype, "the normalised sum before the weight")
     elif a.round_dtype is not None:
-        keeps_rounding(b, None, _rounds_before_weight(b, a, dtype), "the normalised sum before the weight")
+        keeps_rounding(b, None, _rounds_before_weight(a, dtype), "the normalised sum before the weight")
     _keeps_sum(b, a, dtype)
     y, _, total = npu("npu::npu_add_rms_norm", x, residual, _weight(b, x, a.weight), a.eps)
     return [y, total]
@@ -145,7 +154,7 @@ def add_rms_norm_cast(b: Builder, a: Arguments, npu: Npu) -> list[Node]:
     b.only_if(a.weight_offset == 0)
     x, residual = _sum_args(b, a)
     dtype = b.val(x).dtype
-    keeps_rounding(b, None, _rounds_before_weight(b, a, dtype), "the normalised sum before the weight")
+    keeps_rounding(b, None, _rounds_before_weight(a, dtype), "the normalised sum before the weight")
     _keeps_sum(b, a, dtype)
     _, y, _, total = npu("npu::npu_add_rms_norm_cast", x, residual, _weight(b, x, a.weight), a.eps)
     return [y, total]
@@ -154,11 +163,13 @@ def add_rms_norm_cast(b: Builder, a: Arguments, npu: Npu) -> list[Node]:
 def _sum(b: Builder, a: Arguments) -> Node:
     """The sum by itself, rounded once, as the norm then reads it."""
     x, residual = a.x, a.residual
+    _not_float64(b, x=x, residual=residual, bias=a.bias)
     dtype = torch.promote_types(b.val(x).dtype, b.val(residual).dtype)
     total_dtype = a.sum_dtype or dtype
     b.require(not a.norm_unrounded or total_dtype == torch.float32, "the model normalises the sum before it is rounded")
     if a.bias is None:
-        return b.cast(b.emit(aten.add.Tensor, x, residual), total_dtype)
+        wide = b.cast(x, torch.promote_types(dtype, total_dtype))  # a sum that is kept wider than the addends is not rounded to their dtype
+        return b.cast(b.emit(aten.add.Tensor, wide, residual), total_dtype)
     wide = b.emit(aten.add.Tensor, b.cast(x, torch.float32), b.cast(residual, torch.float32))
     return b.cast(b.emit(aten.add.Tensor, wide, b.cast(a.bias, torch.float32)), total_dtype)
 
@@ -184,10 +195,29 @@ def add_then_gemma_rms_norm(b: Builder, a: Arguments, npu: Npu) -> list[Node]:
 def l2_norm(b: Builder, a: Arguments, npu: Npu) -> Node:
     """x / sqrt(sum(x^2) + eps) * scale, as the RMS norm with eps / H and the constant weight scale / sqrt(H)."""
     b.require(a.eps_mode == "add", "eps is a lower limit of the divisor there, it adds eps to the mean square")
-    b.require(isinstance(a.eps, float), "eps is known at run time only")
+    size = b.val(a.x).shape[-1]
+    b.require(isinstance(size, int), "the last dimension is symbolic, and the weight depends on it")
+    b.require(all(isinstance(number, (int, float)) for number in (a.eps, a.scale)), "eps or scale is known at run time only")
     out_dtype = a.out_dtype or b.val(a.x).dtype
     x = b.cast(a.x, torch.promote_types(b.val(a.x).dtype, out_dtype))
-    size = b.val(x).shape[-1]
     weight = _filled(b, x, a.scale / math.sqrt(size), torch.float32)
     y, _ = npu("npu::npu_rms_norm", x, weight, a.eps / size)
+    return b.cast(y, out_dtype)
+
+
+@provides_aten("layer_norm", "aten.native_layer_norm")
+def layer_norm(b: Builder, a: Arguments) -> Node:
+    """(x - mean) * rsqrt(var + eps) * weight + bias: PyTorch's own op, one launch of aclnnLayerNorm, which keeps fp32 to the end.
+
+    Weight and bias have one dtype, that of x or fp32 (ops-nn norm/layer_norm_v4 docs/aclnnLayerNorm).
+    """
+    out_dtype = a.out_dtype or b.val(a.x).dtype
+    x = b.cast(a.x, torch.promote_types(b.val(a.x).dtype, out_dtype))
+    dtype = b.val(x).dtype
+    _not_float64(b, x=x, weight=a.weight, bias=a.bias)
+    given = {b.val(tensor).dtype for tensor in (a.weight, a.bias) if tensor is not None}
+    keeps_rounding(b, None, a.round_dtype if given and a.round_dtype in _HALVES else None, "the normalised x before the weight")
+    affine = dtype if given <= {dtype} else torch.float32
+    weight, bias = (None if tensor is None else b.cast(tensor, affine) for tensor in (a.weight, a.bias))
+    y = b.results(b.emit(aten.native_layer_norm.default, x, [b.size(x, -1)], weight, bias, a.eps), 1)[0]
     return b.cast(y, out_dtype)

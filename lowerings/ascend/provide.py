@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ...config import TARGETS
+from ...config import TARGETS, FusionConfig
 from ...lower import Arguments, Builder, Provider, register_provider
 from . import library
-from .table import ascend_ops
+from .table import SOCS, ascend_ops
 
 Lowering = Callable[[Builder, Arguments, "Npu"], "Node | Sequence[Node | None]"]
+AtenLowering = Callable[[Builder, Arguments], "Node | Sequence[Node | None]"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,15 @@ class Npu:
         return call if count == 1 else self.builder.results(call, count)
 
 
-def provides(op: str, ascend_op: str, *, rank: int = 0, name: str | None = None) -> Callable[[Lowering], Lowering]:
+def provides(
+    op: str,
+    ascend_op: str,
+    *,
+    rank: int = 0,
+    name: str | None = None,
+    launches: int = 1,
+    available: Callable[[FusionConfig, bool], bool] = lambda config, dry_run: True,
+) -> Callable[[Lowering], Lowering]:
     """Register a function as the provider of a semantic op that is named after an op of the table, on the targets that have that op.
 
     Args:
@@ -59,6 +68,7 @@ def provides(op: str, ascend_op: str, *, rank: int = 0, name: str | None = None)
         ascend_op: qualified name of the op of the table that does the work.
         rank: providers of lower rank are tried first.
         name: what the report shows, where that is not the op's name.
+        launches, available: as in `Provider`.
     """
     row = ascend_ops()[ascend_op]
     targets = tuple(target for target in TARGETS if target in row.targets)
@@ -69,7 +79,23 @@ def provides(op: str, ascend_op: str, *, rank: int = 0, name: str | None = None)
             library.prepare(emulate=builder.config.emulate)
             return function(builder, arguments, Npu(builder))
 
-        register_provider(Provider(name or row.shown, op, targets, lower, rank))
+        register_provider(Provider(name or row.shown, op, targets, lower, rank, launches, available))
+        return function
+
+    return declare
+
+
+def provides_aten(op: str, name: str, *, rank: int = 0) -> Callable[[AtenLowering], AtenLowering]:
+    """Register a function as the provider of a semantic op that calls PyTorch's own ops alone, on all Ascend targets.
+
+    Args:
+        op: the semantic op.
+        name: what the report shows: the ops that are called.
+        rank: providers of lower rank are tried first.
+    """
+
+    def declare(function: AtenLowering) -> AtenLowering:
+        register_provider(Provider(name, op, tuple(target for target in TARGETS if target in SOCS), function, rank))
         return function
 
     return declare

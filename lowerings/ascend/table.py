@@ -5,7 +5,7 @@ The facts are in `table/*.toml`, one file a family, one TOML table an op::
     ["npu::npu_rms_norm"]
     schema = "npu_rms_norm(Tensor input, Tensor gamma, float epsilon=1e-06) -> (Tensor, Tensor)"
     outputs = ["y", "rstd"]              # names of the results, in order
-    uses = ["y"]                         # those that the project uses
+    uses = ["y"]                         # those that the project uses; for an op without results the arguments that it writes
     computes = "RMSNorm over the last dimensions, gamma multiplied in fp32, one cast"
     targets = ["ascend910b", ...]        # SoCs that have the op
     since = "2.1"                        # oldest torch_npu that has it; "" where the op is of another library
@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ...errors import NpuFusionError
-from ...view.shapes import known_equal, known_ge, to_dim
+from ...view.shapes import known_equal, known_ge, product, to_dim, to_shape
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -58,7 +58,8 @@ class Limit:
         dtypes: tensor argument to the names of the dtypes that it may have.
         same_dtype: tensor arguments that must have one dtype.
         rank: tensor argument to the least and greatest number of dimensions.
-        sizes: `argument[dim]` to a condition on that size: `{min, max, multiple_of, one_of}`.
+        sizes: `argument[dim]` to a condition on that size, `{min, max, multiple_of, one_of}`; `argument[:-1]` is the product of all but the
+            last, `x[0]*x[1]` that of two.
         same_sizes: groups of `argument[dim]` that must be equal, or be numbers.
         values: argument to the Python values that it may have; the string `None` stands for None.
         absent: arguments that must be left out.
@@ -130,7 +131,7 @@ class AscendOp:
         """
         if target not in self.targets:
             return f"not on {target}"
-        alternatives: dict[str, list[str]] = defaultdict(list)
+        alternatives: dict[tuple[str, bool], list[str]] = defaultdict(list)
         met: set[str] = set()
         for limit in self.limits:
             if limit.targets and target not in limit.targets:
@@ -139,10 +140,11 @@ class AscendOp:
             if limit.any and reason is None:
                 met.add(limit.any)
             elif limit.any:
-                alternatives[limit.any].append(str(reason))
+                alternatives[limit.any, not in_mode(limit, arguments)].append(str(reason))
             elif reason is not None:
                 return reason
-        for name, reasons in alternatives.items():
+        # Of alternatives for several modes of the op those for the mode of the call say what is wrong with it.
+        for (name, _), reasons in sorted(alternatives.items()):
             if name not in met:
                 return f"{name}: {' and '.join(dict.fromkeys(reasons))}"
         return None
@@ -199,6 +201,11 @@ def violation(limit: Limit, arguments: Mapping[str, Any]) -> str | None:
     return next(_violations(limit, arguments), None)
 
 
+def in_mode(limit: Limit, arguments: Mapping[str, Any]) -> bool:
+    """Whether a limit's `values` are those of a call: the limit is about calls like it."""
+    return all(_shown(arguments[name]) in map(_shown, values) for name, values in limit.values.items())
+
+
 def _violations(limit: Limit, arguments: Mapping[str, Any]) -> Iterator[str]:
     tensors = {name: tensor for name, value in arguments.items() if (tensor := _tensor(value)) is not None}
     yield from _type_violations(limit, tensors)
@@ -224,6 +231,10 @@ def _shape_violations(limit: Limit, tensors: Mapping[str, Tensor]) -> Iterator[s
     for name, (least, most) in limit.rank.items():
         if name in tensors and not least <= tensors[name].dim() <= most:
             yield f"{name} has {tensors[name].dim()} dimensions, not {least} to {most}"
+    for place in (*limit.sizes, *(place for group in limit.same_sizes for place in group)):
+        if (short := _without_dimension(place, tensors)) is not None:
+            yield f"{short} has {tensors[short].dim()} dimensions, there is no {place}"
+            return
     for place, condition in limit.sizes.items():
         size = _size(place, tensors)
         if size is not None and (reason := _size_violation(size, condition)) is not None:
@@ -258,16 +269,28 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _place(place: str) -> tuple[str, int]:
-    name, _, dim = place.removesuffix("]").partition("[")
-    return name, int(dim)
-
-
 def _size(place: str | int, tensors: Mapping[str, Tensor]) -> Any:
+    """The size that is meant by `argument[dim]`, `argument[:-1]` or a product, None where the argument is not given; a number is itself."""
     if isinstance(place, int):
         return place
-    name, dim = _place(place)
-    return to_dim(tensors[name].shape[dim]) if name in tensors else None
+    if "*" in place:
+        factors = [_size(factor, tensors) for factor in place.split("*")]
+        return None if None in factors else product(factors)
+    name, _, dim = place.removesuffix("]").partition("[")
+    if name not in tensors:
+        return None
+    shape = tensors[name].shape
+    return product(to_shape(shape[:-1])) if dim == ":-1" else to_dim(shape[int(dim)])
+
+
+def _without_dimension(place: str | int, tensors: Mapping[str, Tensor]) -> str | None:
+    """The tensor that has too few dimensions to have a size `argument[dim]`, or None."""
+    for factor in str(place).split("*"):
+        name, _, dim = factor.removesuffix("]").partition("[")
+        rank = tensors[name].dim() if name in tensors else None
+        if rank is not None and dim != ":-1" and not -rank <= int(dim) < rank:
+            return name
+    return None
 
 
 def _shown(value: Any) -> str:

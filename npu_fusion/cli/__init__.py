@@ -6,14 +6,16 @@ Results go to standard output, progress and errors to standard error. Bad input 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 
 from ..config import TARGETS, FusionConfig
@@ -99,38 +101,76 @@ def explain(
 
 
 @app.command()
-def ops(target: Target = "auto") -> None:
-    """List semantic ops, the rules that produce them, and what runs them."""
-    from .listing import ops_table, rules_table
+def ops(
+    target: Target = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """List semantic ops, the rules that produce them, what runs them, and for an Ascend target the ops of its table."""
+    from . import listing
 
+    target = FusionConfig(target=target).target
+    if as_json:
+        typer.echo(json.dumps(listing.as_data(target), indent=2))
+        return
     console = _console()
-    console.print(ops_table(FusionConfig(target=target).target))
-    console.print(rules_table())
+    for part in listing.renderables(target):
+        console.print(part)
 
 
 @app.command()
-def doctor() -> None:
-    """Say what is installed and what each target can do here."""
+def doctor(
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Compare every Ascend op that is emitted with its CPU kernel; about a minute.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option(metavar="[npu|cpu]", help="Where the self test runs; on cpu it compares the kernels with themselves.")
+    ] = "npu",
+    op: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Self-test this op only; may be given several times.")] = None,
+) -> None:
+    """Say what is installed and what each target can do here; with --self-test, whether the device computes what it should.
+
+    The exit code is 1 where the self test finds a mismatch or an error, or nothing that it could run.
+    """
+    from . import npu
     from .environment import packages_table, targets_table
 
+    if device not in ("npu", "cpu"):
+        raise UnsupportedInputError(f"unknown device {device!r}. Known: npu, cpu")
+    if (op or device != "npu") and not self_test:
+        raise UnsupportedInputError("--op and --device are options of the self test: give --self-test as well")
     console = _console()
     console.print(packages_table())
     console.print(targets_table())
+    if npu.is_loaded():
+        console.print(npu.presence_table())
+    if self_test:
+        _self_test(console, device, op or [])
+
+
+def _self_test(console: Console, device: str, names: list[str]) -> None:
+    from . import npu
+
+    with _progress("Self test") as say:
+        target, outcomes = npu.run_self_test(device, names, lambda case: say(f"Self test: {case}"))
+    console.print(npu.outcomes_table(f"Self test of {target} on {device}", outcomes))
+    console.print(Text(npu.summary(outcomes)))
+    if npu.failed(outcomes):
+        raise typer.Exit(1)
 
 
 @contextlib.contextmanager
-def _progress(text: str) -> Iterator[None]:
-    """A spinner with the time it took so far, on standard error, where that is a terminal."""
+def _progress(text: str) -> Iterator[Callable[[str], Any]]:
+    """A spinner with the time it took so far, on standard error, where that is a terminal; yields a function that changes its text."""
     console = _console(stderr=True)
     if not console.is_terminal:
-        yield
+        yield lambda text: None
         return
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns: tuple[Any, ...] = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        progress.add_task(text, total=None)
-        yield
+        task = progress.add_task(text, total=None)
+        yield lambda text: progress.update(task, description=escape(text))
 
 
 @contextlib.contextmanager

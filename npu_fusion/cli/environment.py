@@ -1,15 +1,15 @@
 """`npu-fusion doctor`: what is installed, and what each target can do here.
 
 Packages are looked up by their metadata and never imported, because importing torch_npu without CANN fails, and takes torch's automatic
-loading of device backends with it.
+loading of device backends with it. Where torch has loaded torch_npu already, it is asked for its devices.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from rich.table import Table
 
 from ..config import TARGETS
 from ..report import package_version
+from . import cann, npu
+from .cann import cann_home
 
 PACKAGES = {
     "torch": "",
@@ -26,9 +28,9 @@ PACKAGES = {
     "triton": "kernels on NVIDIA",
     "triton-ascend": "kernels on Ascend",
     "torch_npu": "running on Ascend",
+    "sgl-kernel-npu": "more ops on Ascend",
     "pytest": "the package's own tests",
 }
-_CANN_VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
 _DEVICES = Path("/dev")
 
 
@@ -38,11 +40,6 @@ def installed(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def cann_home() -> str | None:
-    """Where CANN is installed, by the variables that its set_env.sh exports, or None."""
-    return next((home for name in _CANN_VARIABLES if (home := os.environ.get(name))), None)
 
 
 def npu_devices(devices: Path = _DEVICES) -> list[str]:
@@ -58,6 +55,9 @@ def missing_for(target: str) -> str | None:
         if not torch.cuda.is_available():
             return "no CUDA device" if torch.backends.cuda.is_built() else "torch is built without CUDA"
         return None if importlib.util.find_spec("triton") else "triton is not installed"
+    here = npu.soc()
+    if here is not None:
+        return None if here == target else f"the devices here are {here}"
     wanting = [
         text
         for text, there in (
@@ -90,8 +90,24 @@ def _hardware() -> Iterator[tuple[str, str]]:
             yield f"CUDA device {index}", torch.cuda.get_device_name(index)
     else:
         yield "CUDA devices", "none"
-    yield "Ascend devices", ", ".join(npu_devices()) or "none"
-    yield "CANN", cann_home() or "not set up"
+    names = npu.device_names()
+    yield "Ascend devices", _counted(names) if names else ", ".join(npu_devices()) or "none"
+    yield "Ascend driver", cann.driver_version() or "not found"
+    yield "Ascend firmware", cann.firmware_version() or "not found"
+    yield "CANN", _cann_text()
+
+
+def _counted(names: list[str]) -> str:
+    return ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
+
+
+def _cann_text() -> str:
+    home = cann_home()
+    if home is None:
+        there = cann.installed_home()
+        return "not set up" if there is None else f"not set up: it is in {there}, source its set_env.sh"
+    version, ops = cann.cann_version(home), cann.ops_version(home)
+    return f"{version or 'of unknown version'} in {home}" + (f", operators {ops}" if ops else "")
 
 
 def targets_table() -> Table:

@@ -24,12 +24,21 @@ from ._common import (
 LAYOUTS = ("halves", "swapped", "interleaved")
 
 
-def _check_glu(gate: Tensor, up: Tensor | None, activation: str, layout: str, alpha: float, out_dtype: torch.dtype | None) -> None:
+def _check_glu(
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    layout: str,
+    alpha: float,
+    round_dtype: torch.dtype | None,
+    out_dtype: torch.dtype | None,
+) -> None:
     op = "glu"
     check_choice(op, "activation", activation, ACTIVATIONS)
     check_choice(op, "layout", layout, LAYOUTS)
     check_value(op, activation == "silu" or alpha == 1.0, f"alpha belongs to silu, not to {activation}")
     check_floating(op, gate=gate, up=up)
+    check_floating_dtype(op, "round_dtype", round_dtype)
     check_floating_dtype(op, "out_dtype", out_dtype)
     if up is None:
         check_min_rank(op, 1, gate=gate)
@@ -53,7 +62,7 @@ def _activate(gate: Tensor, activation: str, alpha: float) -> Tensor:
 @semantic_op(
     "glu",
     '(Tensor gate, Tensor? up, *, str activation="silu", str layout="halves", float alpha=1.0, float? gate_limit=None, '
-    "float? up_limit=None, float up_offset=0.0, ScalarType? out_dtype=None) -> Tensor",
+    "float? up_limit=None, float up_offset=0.0, ScalarType? round_dtype=None, ScalarType? out_dtype=None) -> Tensor",
 )
 def glu(
     gate: Tensor,
@@ -65,6 +74,7 @@ def glu(
     gate_limit: float | None = None,
     up_limit: float | None = None,
     up_offset: float = 0.0,
+    round_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Gated linear unit: an activation of one tensor times another.
@@ -82,13 +92,14 @@ def glu(
         gate_limit: upper limit of the gate, or None.
         up_limit: limit of the magnitude of up, or None.
         up_offset: added to up after clamping.
+        round_dtype: dtype to which the activated gate is rounded before the product; None keeps the internal precision.
         out_dtype: dtype of the result; None is what the dtypes of `gate` and `up` promote to.
 
     Returns:
         [..., I] in `out_dtype`; stored in the order of `gate` where `gate` is not broadcast, otherwise contiguous, as is the result of
         a merged tensor.
 
-    Rounding: fp32 inside (fp64 if an input is), one cast at the end.
+    Rounding: fp32 inside (fp64 if an input is), the activated gate rounded to `round_dtype`, one cast at the end.
 
     Raises:
         TypeError: a dtype is not floating point.
@@ -96,7 +107,7 @@ def glu(
 
     Source: Shazeer 2020, https://arxiv.org/abs/2002.05202; limits, alpha and offset: gpt-oss, https://github.com/openai/gpt-oss.
     """
-    _check_glu(gate, up, activation, layout, alpha, out_dtype)
+    _check_glu(gate, up, activation, layout, alpha, round_dtype, out_dtype)
     like = gate
     dtype = out_dtype or (gate.dtype if up is None else torch.promote_types(gate.dtype, up.dtype))
     if up is None:
@@ -109,7 +120,10 @@ def glu(
         u = u.clamp(-up_limit, up_limit)
     if up_offset:
         u = u + up_offset
-    result = (_activate(g, activation, alpha) * u).to(dtype)
+    activated = _activate(g, activation, alpha)
+    if round_dtype is not None:
+        activated = activated.to(round_dtype)
+    result = (activated.to(compute) * u).to(dtype)
     return stored_like(result, like) if result.shape == like.shape else result.contiguous()
 
 
@@ -124,9 +138,10 @@ def _(
     gate_limit: float | None = None,
     up_limit: float | None = None,
     up_offset: float = 0.0,
+    round_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    _check_glu(gate, up, activation, layout, alpha, out_dtype)
+    _check_glu(gate, up, activation, layout, alpha, round_dtype, out_dtype)
     if up is None:
         return gate.new_empty((*gate.shape[:-1], gate.shape[-1] // 2), dtype=out_dtype)
     dtype = out_dtype or torch.promote_types(gate.dtype, up.dtype)

@@ -79,6 +79,17 @@ def test_rounds_once() -> None:
     assert torch.equal(glu(gate, up, out_dtype=torch.float32), F.silu(gate.float()) * up.float())
 
 
+@pytest.mark.parametrize("round_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounds_the_activated_gate(round_dtype: torch.dtype) -> None:
+    """As PyTorch's two ops do, for a gate of that dtype."""
+    gate, up = torch.randn(64).to(round_dtype), torch.randn(64).to(round_dtype)
+    actual = check_op(glu, gate, up, round_dtype=round_dtype)
+    assert torch.equal(actual, F.silu(gate) * up)
+    assert not torch.equal(actual, glu(gate, up))
+    wide = glu(gate.float(), up.float(), round_dtype=round_dtype)
+    assert torch.equal(wide, F.silu(gate.float()).to(round_dtype).float() * up.float())
+
+
 def test_broadcasts_like_a_product() -> None:
     """A sigmoid output gate has one value a head; dtypes promote as in torch.mul."""
     gate, up = torch.randn(2, 3, 1).bfloat16(), torch.randn(2, 3, 8)
@@ -115,6 +126,7 @@ X = torch.randn(2, 7)
     [
         (lambda: glu(X, X.int()), TypeError, "up must be floating point"),
         (lambda: glu(X, X, out_dtype=torch.int32), TypeError, "out_dtype"),
+        (lambda: glu(X, X, round_dtype=torch.int32), TypeError, "round_dtype"),
         (lambda: glu(X, X, activation="mish"), ValueError, "activation must be one of 'silu'"),
         (lambda: glu(X, None, layout="quarters"), ValueError, "'halves'"),
         (lambda: glu(X, None), ValueError, "even last dimension"),

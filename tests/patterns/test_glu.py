@@ -381,6 +381,31 @@ def test_exact_rounding_needs_float32_up_to_the_end() -> None:
     assert float32.idioms["glu"] == 1
 
 
+@pytest.mark.parametrize(
+    ("unit", "rounded"),
+    [
+        (lambda x, y: F.silu(x) * y, torch.bfloat16),
+        (lambda x, y: y * F.gelu(x), torch.bfloat16),
+        (lambda x, y: F.silu(x.float()).to(x.dtype) * y, torch.bfloat16),
+        (lambda x, y: (F.silu(x).float() * y.float()).to(x.dtype), torch.bfloat16),
+        (lambda x, y: x * torch.sigmoid(1.702 * x) * y, torch.bfloat16),
+        (lambda x, y: (y.clamp(-0.5, 0.5) + 1) * F.silu(x), torch.bfloat16),
+        (lambda x, y: F.silu(x.float()) * y, None),
+        (lambda x, y: (F.silu(x.float()) * y.float()).to(x.dtype), None),
+        (lambda x, y: x * y * torch.sigmoid(x), None),
+    ],
+    ids=["silu", "up first", "cast to 16 bits", "cast from 16 bits", "slope", "limits", "activation kept", "all kept", "spread"],
+)
+def test_what_the_activated_gate_is_rounded_to(unit: Callable[..., Tensor], rounded: torch.dtype | None) -> None:
+    report = fused_within_contract(unit, *(tensor.bfloat16() for tensor in pair(2, 5, 8)))
+    assert call_of(report).kwargs.get("round_dtype") == rounded
+
+
+def test_float32_is_not_rounded() -> None:
+    report = fused_within_contract(lambda x, y: F.silu(x) * y, *pair(2, 5, 8))
+    assert "round_dtype" not in call_of(report).kwargs
+
+
 def test_site_names_line_and_module() -> None:
     module, x = make(Unit(lambda gate, up: F.silu(gate) * up), torch.float32)
     _, report = fused(module, x)

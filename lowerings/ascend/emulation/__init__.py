@@ -6,7 +6,18 @@ defaults, optional outputs, layouts. Every argument of a schema is honoured, or 
 Where torch_npu is not installed the ops' fake kernels are registered as well.
 """
 
-from . import attention, cache, glu, matmul, norm, rope
+from . import attention, cache, glu, kv_rmsnorm_rope_cache, matmul, norm, qkv_rms_norm_rope_cache, rope
 from .registry import EmulationError, emulated_ops
 
-__all__ = ["EmulationError", "attention", "cache", "emulated_ops", "glu", "matmul", "norm", "rope"]
+__all__ = [
+    "EmulationError",
+    "attention",
+    "cache",
+    "emulated_ops",
+    "glu",
+    "kv_rmsnorm_rope_cache",
+    "matmul",
+    "norm",
+    "qkv_rms_norm_rope_cache",
+    "rope",
+]

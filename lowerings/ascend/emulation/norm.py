@@ -112,6 +112,7 @@ def _(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Ten
 @emulates("npu::npu_add_rms_norm_v2")
 def npu_add_rms_norm_v2(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> Tensor:
     """npu_add_rms_norm in place: y is written to x1, the sum to x2; returns rstd."""
+    rstd: Tensor
     y, rstd, total = npu_add_rms_norm(x1, x2, gamma, epsilon)
     x1.copy_(y)
     x2.copy_(total)

@@ -1,1 +1,0 @@
-"""Ascend providers: attention (in progress)."""

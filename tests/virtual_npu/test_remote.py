@@ -1,0 +1,47 @@
+"""How results come back from the other process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from .remote import outcomes, run_tests
+
+REPORT = """\
+<testsuites><testsuite>
+<testcase classname="tests.virtual_npu.on_device.test_x" name="test_good[llama]"/>
+<testcase classname="tests.virtual_npu.on_device.test_x" name="test_bad">
+  <failure message="assert 1 == 2">def test_bad: assert 1 == 2</failure><system-out>said so</system-out></testcase>
+<testcase classname="tests.virtual_npu.on_device.test_x" name="test_torn"><error message="fixture gone">at setup</error></testcase>
+<testcase classname="tests.virtual_npu.on_device.test_x" name="test_left_out"><skipped message="no reason"/></testcase>
+</testsuite></testsuites>
+"""
+
+
+def test_every_failure_comes_with_its_text(tmp_path: Path) -> None:
+    path = tmp_path / "report.xml"
+    path.write_text(REPORT)
+    assert outcomes(path) == {
+        "test_good[llama]": None,
+        "test_bad": "def test_bad: assert 1 == 2\nsaid so",
+        "test_torn": "at setup",
+        "test_left_out": "no reason",
+    }
+
+
+@pytest.mark.slow
+def test_tests_run_in_one_process_that_may_die(tmp_path: Path) -> None:
+    file = tmp_path / "test_sample.py"
+    file.write_text(
+        "import os, torch\n"
+        "def test_good(): torch.zeros(2).npu()\n"
+        "def test_bad(): assert torch.zeros(2, device='npu').device.type == 'cpu'\n"
+        "def test_gone(): os._exit(7)\n"
+    )
+    results = run_tests({name: f"{file}::{name}" for name in ("test_good", "test_bad")})
+    assert results["test_good"] is None
+    assert "AssertionError: assert 'npu' == 'cpu'" in str(results["test_bad"])
+    [failure] = run_tests({"test_gone": f"{file}::test_gone"}).values()
+    assert failure is not None
+    assert failure.startswith("the process on the virtual NPU ended with status 7 and says nothing of this test:\n")
