@@ -220,7 +220,7 @@ def main() -> None:
         outcomes[case] = measure(case)
     show(outcomes, arguments.list)
     if arguments.json:
-        arguments.json.write_text(json.dumps([{**asdict(case), **asdict(outcome)} for case, outcome in outcomes.items()], indent=1))
+        arguments.json.write_text(json.dumps([{**asdict(case), **vars(outcome)} for case, outcome in outcomes.items()], indent=1))
 
 
 if __name__ == "__main__":

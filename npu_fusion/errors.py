@@ -24,4 +24,4 @@ class ReportError(NpuFusionError):
 
 
 class UnsupportedInputError(NpuFusionError):
-    """The command line or `explain` was given something it cannot load or trace."""
+    """The command line or `explain` was given something that it cannot load or trace, or a compiled model what it was not compiled for."""

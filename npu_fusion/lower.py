@@ -327,7 +327,15 @@ def lower_graph(gm: GraphModule, config: FusionConfig, record: GraphRecord, *, r
         for site in record.sites
     ]
     restore(gm)
+    _erase_dead(gm.graph)
     gm.recompile()
+
+
+def _erase_dead(graph: Graph) -> None:
+    """Erase what only calls that were lowered needed: views that a provider looked through."""
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and not node.users and not node.is_impure():
+            graph.erase_node(node)
 
 
 def _lower_all(gm: GraphModule, config: FusionConfig, record: GraphRecord, reference_only: str | None) -> dict[str, tuple[str, str | None]]:

@@ -169,27 +169,35 @@ def fold_constants(gm: GraphModule, dry_run: bool = False) -> int:
         dry_run: the device may be absent: the constants have no memory.
     """
     kept = returned_memory(gm.graph) | _written(gm)
+    on_host: dict[Node, Tensor] = {}  # for what is said of them: the device's own may not be there, and reading them would wait for it
     known: dict[Node, Tensor] = {}
     with without_fake(), torch.no_grad():
         for node in gm.graph.nodes:
-            if _is_foldable(node, known) and node not in kept:
-                args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
-                if dry_run and "device" in kwargs:
-                    kwargs = {**kwargs, "device": torch.device("cpu")}
-                known[node] = node.target(*args, **kwargs)
-        facts = {node: _facts(constant) for node, constant in known.items()}
+            if _is_foldable(node, on_host) and node not in kept:
+                on_host[node] = _computed(node, on_host, torch.device("cpu"))
+                known[node] = node.meta["val"] if dry_run else _computed(node, known)
+        facts = {node: _facts(constant) for node, constant in on_host.items()}
     used = [node for node in known if any(user not in known for user in node.users)]
     launches = sum(node_launches(node) for node in known)
     if not launches:
         return 0
     for node in used:
         with gm.graph.inserting_before(node):
-            constant = gm.graph.get_attr(own_tensor(gm, node.meta["val"] if dry_run else known[node]))
+            constant = gm.graph.get_attr(own_tensor(gm, known[node]))
         constant.meta = {**node.meta, **facts[node]}
         node.replace_all_uses_with(constant)
     for node in reversed(known):
         gm.graph.erase_node(node)
     return launches
+
+
+def _computed(node: Node, known: dict[Node, Tensor], device: torch.device | None = None) -> Tensor:
+    """What a node computes from constants, on the given device in place of its own."""
+    args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
+    if device is not None and kwargs.get("device") is not None:
+        kwargs = {**kwargs, "device": device}
+    result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+    return result
 
 
 def _facts(constant: Tensor) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from torch.fx.node import map_arg
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import torch_private
+from .errors import UnsupportedInputError
 from .provenance import PROVENANCE, module_of
 from .view.shapes import same_shape, to_shape
 
@@ -320,11 +321,18 @@ class _Merged:
 
     tensor: Tensor
     addresses: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor]) -> _Merged:
+        """The merged weight of parts that lie next to one another."""
+        return cls(_span(parts), tuple(map(Tensor.data_ptr, parts)), tuple(map(Tensor.stride, parts)))
 
     def holds(self, parts: Sequence[Tensor]) -> bool:
-        """Whether the tensors are the parts, in order: that they have the sizes, strides and type for which the graph was compiled is what
-        Dynamo guards, so that their addresses tell."""
-        return tuple(map(Tensor.data_ptr, parts)) == self.addresses
+        """Whether the tensors are the parts, in order. Where Dynamo guards the strides for which the graph was compiled, addresses tell."""
+        if tuple(map(Tensor.data_ptr, parts)) != self.addresses:
+            return False
+        return torch_private.GUARDS_PARAMETERS or tuple(map(Tensor.stride, parts)) == self.strides
 
 
 # First part -> shape -> merged weight. It lives as long as the parameter, and all graphs that merge the same parameters share it.
@@ -341,9 +349,12 @@ class _Slot:
 
     positions: tuple[int, ...]
     last: Callable[[], _Merged | None] = field(default=_nothing)
+    shapes: list[torch.Size] | None = None
 
     def tensor(self, inputs: Sequence[Any]) -> Tensor:
         parts = [inputs[i] for i in self.positions]
+        if not torch_private.GUARDS_PARAMETERS:
+            self._check_shapes([part.shape for part in parts])
         tensor = self._same_as_last(parts)
         if tensor is not None:
             return tensor
@@ -352,6 +363,15 @@ class _Slot:
             return torch.cat(parts)
         self.last = weakref.ref(merged)
         return merged.tensor
+
+    def _check_shapes(self, shapes: list[torch.Size]) -> None:
+        """Raise where a parameter has another shape than the graph was compiled for, and Dynamo did not see it."""
+        self.shapes = self.shapes or shapes
+        if shapes != self.shapes:
+            raise UnsupportedInputError(
+                f"a weight was rebound to another shape (now {list(map(list, shapes))}, compiled for {list(map(list, self.shapes))}), "
+                f"which torch {torch.__version__} does not notice: call torch.compiler.reset() after such a change"
+            )
 
     def _same_as_last(self, parts: Sequence[Tensor]) -> Tensor | None:
         merged = self.last()
@@ -400,7 +420,7 @@ def _find_or_merge(parts: Sequence[Tensor]) -> _Merged | None:
             return None
         _take_over(parts)
     known: dict[torch.Size, _Merged] = _MERGED.setdefault(parts[0], {})
-    merged = _Merged(_span(parts), tuple(map(Tensor.data_ptr, parts)))
+    merged = _Merged.of(parts)
     found = known.get(merged.tensor.shape)
     if found is None or found.addresses != merged.addresses or found.tensor.dtype is not merged.tensor.dtype:
         found = known[merged.tensor.shape] = merged

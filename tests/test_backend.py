@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from npu_fusion import torch_private
-from npu_fusion.backend import FusionBackend, soc_target, npu_fusion_backend, records_of, register
+from npu_fusion.backend import FusionBackend, npu_fusion_backend, records_of, register, soc_target
 from npu_fusion.config import FusionConfig
 from npu_fusion.errors import ConfigError, VerificationError
 from tests.blocks import Block, assert_close, compiled, single

@@ -209,6 +209,8 @@ def repeated(b: Builder, mask: Node, shape: Sequence[Any]) -> Node:
     """A mask or bias of rank 4 in full: contiguous, of the given sizes (ints or nodes)."""
     if all(b.equal(have, want) for have, want in zip(b.val(mask).shape, shape, strict=True)):
         return b.contiguous(mask)
+    if mask.target is aten.logical_not.default:  # of what is repeated already: the inverse is in full, and needs no copy
+        return b.contiguous(b.emit(aten.logical_not.default, b.emit(aten.expand.default, mask.args[0], list(shape))))
     return b.contiguous(b.emit(aten.expand.default, mask, list(shape)))
 
 

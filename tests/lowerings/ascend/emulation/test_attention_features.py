@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from npu_fusion.lowerings.ascend.emulation import attention
+from npu_fusion.lowerings.ascend.emulation.attention import core
 from tests.lowerings.ascend.checks import check_kernel
 from tests.lowerings.ascend.emulation.golden_attention import (
     SCALE,
@@ -314,5 +314,5 @@ def test_heads_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     mask, pse = torch.ones(4, 5).bool().triu(2), torch.randn(1, 6, 4, 5).half()
     arguments = {"num_heads": 6, "num_key_value_heads": 3, "input_layout": "BNSD", "atten_mask": mask, "pse_shift": pse}
     whole = fia(q, k, v, **arguments)
-    monkeypatch.setattr(attention, "_SCORES", 2 * 2 * 4 * 5)  # two of the three heads of key
+    monkeypatch.setattr(core, "_SCORES", 2 * 2 * 4 * 5)  # two of the three heads of key
     assert_close(fia(q, k, v, **arguments), whole.double())
