@@ -111,7 +111,7 @@ def register_dynamo_backend(name: str, backend: Callable[..., Any]) -> None:
         register_backend(backend, name=name)
 
 
-GUARDS_PARAMETERS = torch.__version__ >= (2, 12)
+GUARDS_PARAMETERS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
 """Whether Dynamo compiles anew where a parameter's data was rebound to memory of other sizes or strides; torch 2.11 does not."""
 
 
