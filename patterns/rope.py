@@ -27,7 +27,6 @@ from npu_fusion.pattern import (
     anything,
     bits,
     cat,
-    literal_of,
     op,
     opt_round,
     opt_upcast,
@@ -156,10 +155,10 @@ def _per_pair(canon: Canon, cos: Value, sin: Value, layout: str) -> tuple[Value,
 
 
 def _unrepeated(canon: Canon, table: Value, layout: str) -> Value | None:
-    """One entry a pair of a table that was made by cat or stack of one tensor with itself, or by repeat_interleave.
-
-    What was done to every entry afterwards, `cos(cat((angles, angles))) * scale`, is done to one of each pair.
-    """
+    """One entry a pair of a table that was made by cat or stack of one tensor with itself, or by repeat_interleave."""
+    if table.op == "cast" and table.dtype is not None:
+        inner = _unrepeated(canon, table.args[0], layout)
+        return None if inner is None else canon.cast(inner, table.dtype)
     if table.op == ("interleave" if layout == "interleaved" else "cat"):
         return table.args[0] if len(table.args) == 2 and table.args[0] is table.args[1] else None
     if layout == "interleaved" and table.op == "reshape" and table.args[0].op == "expand":
@@ -167,34 +166,12 @@ def _unrepeated(canon: Canon, table: Value, layout: str) -> Value | None:
         single, shape = pairs.args[0], (*table.shape[:-1], table.shape[-1] // 2)
         if same_shape(single.shape, (*shape, 1)) and same_shape(pairs.shape, (*shape, 2)):
             return canon.reshape(single, shape)
-    if table.op == "mul":
-        return _unrepeated_product(canon, table, layout)
-    if table.op not in ("cast", "cos", "sin", "reshape") or not same_shape(table.args[0].shape[-1:], table.shape[-1:]):
-        return None
-    inner = _unrepeated(canon, table.args[0], layout)
-    if inner is None or table.dtype is None:
-        return None
-    if table.op == "cast":
-        return canon.cast(inner, table.dtype)
-    return canon.reshape(inner, (*table.shape[:-1], inner.shape[-1])) if table.op == "reshape" else canon.unary(table.op, inner)
-
-
-def _unrepeated_product(canon: Canon, table: Value, layout: str) -> Value | None:
-    """A table times a number."""
-    for number, entries in (table.args, table.args[::-1]):
-        if literal_of(number) is not None and same_shape(entries.shape, table.shape):
-            inner = _unrepeated(canon, entries, layout)
-            return None if inner is None else canon.binary("mul", inner, number, inner.shape)
     return None
 
 
 def _is_there(value: Value) -> bool:
-    """Whether the graph computes the value, or what it is a view or a table of cosines of."""
-    if value.node is not None:
-        return True
-    if value.op == "mul":
-        return any(literal_of(a) is not None and _is_there(b) for a, b in (value.args, value.args[::-1]))
-    return value.op in (*VIEW_OPS, "slice", "view_as_real", "cos", "sin") and _is_there(value.args[0])
+    """Whether the graph computes the value, or what it is a view of."""
+    return value.node is not None or (value.op in (*VIEW_OPS, "slice", "view_as_real") and _is_there(value.args[0]))
 
 
 def _read_pairs(m: Match) -> _Rotation | Reject:

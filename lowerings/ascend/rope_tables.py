@@ -92,6 +92,9 @@ def _is_doubled(b: Builder, table: Node, layout: str) -> bool:
     """Whether the node puts a tensor beside itself, or each of its entries twice where neighbours are pairs."""
     if layout != "interleaved":
         return _joins_with_itself(b, table, aten.cat.default)
+    if table.target is aten.repeat_interleave.self_int:  # whole on an npu device
+        last = b.val(table).dim() - 1
+        return table.args[1:] in ((2, -1), (2, last)) and not table.kwargs
     if table.target not in _RESHAPES:
         return False
     pairs = table.args[0]
