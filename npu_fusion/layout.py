@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import sympy
 import torch
@@ -34,7 +34,12 @@ def is_view(node: Node) -> bool:
 
 def returned_memory(graph: Graph) -> set[Node]:
     """The nodes whose memory the graph hands out, as such or as a view."""
-    stack = [node for output in graph.find_nodes(op="output") for node in output.all_input_nodes]
+    return seen_through(node for output in graph.find_nodes(op="output") for node in output.all_input_nodes)
+
+
+def seen_through(nodes: Iterable[Node]) -> set[Node]:
+    """The nodes, and those whose memory they look at."""
+    stack = list(nodes)
     found: set[Node] = set()
     while stack:
         node = stack.pop()

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from .cost import mutated_arguments, node_launches, tensor_bytes
-from .layout import is_view, own_tensor, returned_memory, same_strides
+from .layout import memory_of, own_tensor, returned_memory, same_strides, seen_through
 from .metadata import Metadata
 from .provenance import PROVENANCE
 from .torch_private import fake_mode_of, without_fake
@@ -90,7 +90,7 @@ class _Merger:
         if {node, other} & self.view.overwritten.keys():
             return False
         if node in self.returned:
-            if other in self.returned or _owner(other).op != "call_function":
+            if other in self.returned or memory_of(other).op != "call_function":
                 return False
             self.returned.add(other)
         a, b = node.meta.get("val"), other.meta.get("val")
@@ -128,13 +128,6 @@ class _Merger:
         assert self.template is not None
         node.meta.update({key: self.template.meta[key] for key in PROVENANCE if key in self.template.meta})
         return node
-
-
-def _owner(node: Node) -> Node:
-    """The node whose memory a node looks at."""
-    while is_view(node):
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _key(node: Node) -> Hashable | None:
@@ -238,12 +231,4 @@ _UNINITIALISED = frozenset(
 
 def _written(gm: GraphModule) -> set[Node]:
     """Nodes whose memory the graph writes to, directly or through a view."""
-    found: set[Node] = set()
-    stack = [arg for node in gm.graph.nodes for arg in mutated_arguments(node)]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            if is_view(node):
-                stack += node.all_input_nodes[:1]
-    return found
+    return seen_through(arg for node in gm.graph.nodes for arg in mutated_arguments(node))
