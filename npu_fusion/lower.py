@@ -350,12 +350,20 @@ def _lower_all(gm: GraphModule, config: FusionConfig, record: GraphRecord, refer
         if providers and builder is None:
             builder = Builder(gm, config, record.dry_run)
         name = node.name
-        chosen[name] = _lower(builder, node, op, providers, record) if builder is not None and providers else (REFERENCE, None)
+        if builder is not None and providers:
+            chosen[name] = _lower(builder, node, op, providers, record)
+        else:
+            chosen[name] = REFERENCE, None if reference_only else _why_none(op, config.target)
     if builder is not None:
         builder.drop_constants()
     if reference_only and chosen:
         record.notes.append(reference_only)
     return chosen
+
+
+def _why_none(op: SemanticOp, target: str) -> str | None:
+    """What to say of an op without a provider; nothing on a target without any."""
+    return f"nothing on {target} is known to compute it" if any(target in provider.targets for provider in _PROVIDERS) else None
 
 
 def _lower(builder: Builder, node: Node, op: SemanticOp, providers: Iterable[Provider], record: GraphRecord) -> tuple[str, str | None]:

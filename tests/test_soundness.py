@@ -213,6 +213,15 @@ def test_5_the_reference_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
     assert site.lowered_to == REFERENCE
 
 
+def test_5_an_op_that_a_target_cannot_compute_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from npu_fusion import lower
+
+    monkeypatch.setattr(lower, "_PROVIDERS", [])
+    register_provider(Provider("another", "glu", ("cpu",), lambda b, a: b.refuse("never")))
+    (site,) = compiled_and_checked(Norm(8, 1e-6), torch.randn(4, 8)).sites
+    assert (site.lowered_to, site.reason) == (REFERENCE, "nothing on cpu is known to compute it")
+
+
 # -------------------------------------------------------------------- 6
 
 
