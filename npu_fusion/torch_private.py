@@ -218,6 +218,17 @@ def set_up_npu_compilers() -> None:
     _lazy_dynamo_setup()
 
 
+def accept_out_overloads() -> None:
+    """Let graphs run overloads that write to given memory and return it without a word of it in their schema, as torch_npu's `.out` do.
+
+    Torch looks for such ops at a graph's first call: it warns, and where the variable CI is set it refuses the call.
+    """
+    from torch._functorch import config
+
+    if hasattr(config, "error_on_custom_op_aliasing"):
+        config.error_on_custom_op_aliasing = False
+
+
 # Schemas
 
 
