@@ -10,75 +10,32 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import Node
 
-from npu_fusion import FusionConfig, FusionReport
+from npu_fusion import FusionConfig
+from tests.patterns.attention_checks import (
+    BATCH,
+    DTYPES,
+    HEADS,
+    KV_HEADS,
+    SCALE,
+    SIZE,
+    TOKENS,
+    after,
+    assert_fused,
+    assert_missed,
+    calls_of,
+    causal,
+    heads,
+    kv_heads_of,
+    lowest,
+    repeat_kv,
+)
 from tests.patterns.support import fused, fused_within_contract
 
-BATCH, HEADS, KV_HEADS, TOKENS, SIZE = 2, 4, 2, 6, 8
-SCALE = SIZE**-0.5
-DTYPES = [torch.float32, torch.bfloat16]
 EXACT = FusionConfig(rounding="exact")
-
-Inputs = tuple[Tensor, ...]
-
-
-def heads(dtype: torch.dtype, tokens: int = TOKENS, kv: int = TOKENS, kv_heads: int = KV_HEADS, size: int = SIZE) -> Inputs:
-    """Query [B, N, S, D], key [B, G, T, D], value [B, G, T, size]."""
-    shapes = (BATCH, HEADS, tokens, SIZE), (BATCH, kv_heads, kv, SIZE), (BATCH, kv_heads, kv, size)
-    return tuple(torch.randn(shape).to(dtype) for shape in shapes)
-
-
-def repeat_kv(x: Tensor) -> Tensor:
-    b, g, t, d = x.shape
-    return x[:, :, None].expand(b, g, HEADS // g, t, d).reshape(b, HEADS, t, d)
-
-
-def causal(q: Tensor, k: Tensor) -> Tensor:
-    """The boolean mask [S, T] of queries that are the last of the keys."""
-    return torch.arange(k.shape[-2])[None, :] <= torch.arange(q.shape[-2])[:, None] + (k.shape[-2] - q.shape[-2])
-
-
-def lowest(q: Tensor) -> float:
-    return torch.finfo(q.dtype).min
-
-
-def calls_of(report: FusionReport) -> list[Node]:
-    """The attention ops of the fused graph, in order."""
-    return [node for node in report.graph("fused").graph.nodes if str(node.target) == "npu_fusion.attention.default"]
-
-
-def assert_fused(report: FusionReport, count: int = 1, **arguments: Any) -> list[Node]:
-    """`count` calls, nothing missed, each with these arguments; None stands for an argument left at its default."""
-    assert report.idioms["attention"] == count, str(report)
-    assert not [site for site in report.missed if site.idiom == "attention"], str(report)
-    calls = calls_of(report)
-    assert len(calls) == count
-    for call in calls:
-        for name, wanted in arguments.items():
-            given = call.kwargs.get(name) or None
-            assert (given == pytest.approx(wanted)) if isinstance(wanted, float) else given == wanted, (name, given)
-    return calls
-
-
-def assert_missed(report: FusionReport, reason: str) -> None:
-    assert not calls_of(report)
-    assert [reason in (site.reason or "") for site in report.missed if site.idiom == "attention"] == [True], str(report.missed)
-
-
-def kv_heads_of(call: Node) -> list[int]:
-    return [call.args[i].meta["val"].shape[1] for i in (1, 2)]
 
 
 # -------------------------------------------------------------------- eager spellings, causal
-
-
-def after(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """transformers' eager_attention_forward."""
-    w = torch.matmul(q, repeat_kv(k).transpose(2, 3)) * SCALE
-    w = w + torch.where(causal(q, k), torch.zeros((), dtype=q.dtype), lowest(q))
-    w = F.softmax(w, dim=-1, dtype=torch.float32).to(q.dtype)
-    return torch.matmul(F.dropout(w, 0.1, training=False), repeat_kv(v)).transpose(1, 2).contiguous()
 
 
 def divided(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -198,227 +155,6 @@ class Scaled(nn.Module):
 def test_numbers_of_a_module(softcap: float | None, dynamic: bool) -> None:
     report = fused_within_contract(Scaled(softcap), *heads(torch.float32), dynamic=dynamic)
     assert_fused(report, **({} if dynamic else {"scale": 0.25, "softcap": softcap}))
-
-
-# -------------------------------------------------------------------- repeated heads
-
-
-def _repeated_by(name: str) -> Callable[[Tensor], Tensor]:
-    repeats = HEADS // KV_HEADS
-    return {
-        "expand": repeat_kv,
-        "repeat_interleave": lambda x: x.repeat_interleave(repeats, dim=1),
-        "repeat": lambda x: x[:, :, None].repeat(1, 1, repeats, 1, 1).flatten(1, 2),
-        "stack": lambda x: torch.stack([x] * repeats, dim=2).flatten(1, 2),
-        "cat of slices": lambda x: torch.cat([x[:, i // repeats : i // repeats + 1] for i in range(HEADS)], dim=1),
-        "before the transpose": lambda x: x.transpose(1, 2)[:, :, :, None].expand(-1, -1, -1, repeats, -1).flatten(2, 3).transpose(1, 2),
-        "gathered": lambda x: x[:, torch.arange(HEADS) // repeats],
-        "gathered by a list": lambda x: x[:, [i // repeats for i in range(HEADS)]],
-        "index_select": lambda x: x.index_select(1, torch.arange(KV_HEADS).repeat_interleave(repeats)),
-    }[name]
-
-
-REPEATS = ["expand", "repeat_interleave", "repeat", "stack", "cat of slices", "before the transpose"]
-GATHERED = ["gathered", "gathered by a list", "index_select"]
-
-
-@pytest.mark.parametrize("name", REPEATS)
-@pytest.mark.parametrize("sdpa", [False, True])
-def test_repeated_heads_are_never_made(name: str, sdpa: bool) -> None:
-    repeat = _repeated_by(name)
-
-    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if sdpa:
-            return F.scaled_dot_product_attention(q, repeat(k), repeat(v))
-        return (q @ repeat(k).mT * SCALE).softmax(-1) @ repeat(v)
-
-    (call,) = assert_fused(fused_within_contract(fn, *heads(torch.float32)))
-    assert kv_heads_of(call) == [KV_HEADS] * 2
-
-
-@pytest.mark.parametrize("name", GATHERED)
-def test_gathered_heads(name: str) -> None:
-    repeat = _repeated_by(name)
-
-    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (q @ repeat(k).mT * SCALE).softmax(-1) @ repeat(v)
-
-    assert_fused(fused_within_contract(fn, *heads(torch.float32)))
-
-
-def test_one_head_for_all() -> None:
-    (call,) = assert_fused(fused_within_contract(lambda q, k, v: (q @ k.mT * SCALE).softmax(-1) @ v, *heads(torch.bfloat16, kv_heads=1)))
-    assert kv_heads_of(call) == [1, 1]
-
-
-def test_tiled_heads_stay() -> None:
-    """k.repeat(1, R, 1, 1) puts head 1 beside query head 1, not the same grouping."""
-
-    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (q @ k.repeat(1, 2, 1, 1).mT * SCALE).softmax(-1) @ v.repeat(1, 2, 1, 1)
-
-    (call,) = assert_fused(fused_within_contract(fn, *heads(torch.float32)))
-    assert kv_heads_of(call) == [HEADS] * 2
-
-
-def test_only_the_keys_are_repeated() -> None:
-    q, k, _ = heads(torch.float32)
-    v = torch.randn(BATCH, HEADS, TOKENS, SIZE)
-    (call,) = assert_fused(fused_within_contract(lambda q, k, v: (q @ repeat_kv(k).mT).softmax(-1) @ v, q, k, v))
-    assert kv_heads_of(call) == [HEADS] * 2
-
-
-def test_no_heads_at_all() -> None:
-    q, k, v = (torch.randn(BATCH, TOKENS, SIZE) for _ in range(3))
-    assert_fused(fused_within_contract(lambda q, k, v: (q @ k.mT * SCALE).softmax(-1) @ v, q, k, v))
-    assert_fused(fused_within_contract(F.scaled_dot_product_attention, q, k, v))
-
-
-def test_keys_stored_transposed() -> None:
-    q, k, v = heads(torch.float32, kv_heads=HEADS)
-    assert_fused(fused_within_contract(lambda q, kt, v: (q @ kt * SCALE).softmax(-1) @ v, q, k.mT.contiguous(), v))
-
-
-# -------------------------------------------------------------------- masks
-
-
-def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    w = q @ repeat_kv(k).mT * SCALE
-    return (w if bias is None else w + bias).softmax(-1) @ repeat_kv(v)
-
-
-def padding(dtype: torch.dtype, fill: float) -> Tensor:
-    """[B, 1, 1, T] additive: the first row of the batch has two keys less."""
-    mask = torch.zeros(BATCH, 1, 1, TOKENS, dtype=dtype)
-    mask[0, ..., :2] = fill
-    return mask
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_mask_from_outside_stays_additive(dtype: torch.dtype) -> None:
-    (call,) = assert_fused(fused_within_contract(plain, *heads(dtype), padding(dtype, torch.finfo(dtype).min)))
-    assert call.kwargs["mask"].meta["val"].dtype == dtype
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_that_is_all_hidden_keeps_its_average(dtype: torch.dtype) -> None:
-    def fn(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-        visible = causal(q, k) & keep[:, None, None, :]
-        return plain(q, k, v, torch.where(visible, torch.zeros((), dtype=q.dtype), lowest(q)))
-
-    keep = torch.ones(BATCH, TOKENS, dtype=torch.bool)
-    keep[0, :2] = False  # so that the first queries of the first row see nothing
-    (call,) = assert_fused(fused_within_contract(fn, *heads(dtype), keep), is_causal=None)
-    assert call.kwargs["mask"].meta["val"].dtype == dtype
-
-
-def test_finite_biases_stay() -> None:
-    def alibi(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        distance = torch.arange(k.shape[2])[None, :] - torch.arange(q.shape[2])[:, None]
-        bias = distance * (2.0 ** -torch.arange(1, HEADS + 1))[:, None, None]
-        return plain(q, k, v, bias + torch.where(causal(q, k), 0.0, lowest(q)))
-
-    (call,) = assert_fused(fused_within_contract(alibi, *heads(torch.float32)), is_causal=None)
-    assert call.kwargs["mask"] is not None
-
-
-def test_a_soft_mask_is_a_bias() -> None:
-    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return plain(q, k, v, torch.where(causal(q, k), 0.0, -2.0))
-
-    (call,) = assert_fused(fused_within_contract(fn, *heads(torch.float32)), is_causal=None)
-    assert call.kwargs["mask"] is not None
-
-
-def test_filling_with_a_soft_number_is_no_mask() -> None:
-    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (q @ repeat_kv(k).mT).masked_fill(~causal(q, k), -2.0).softmax(-1) @ repeat_kv(v)
-
-    assert_missed(fused_within_contract(fn, *heads(torch.float32)), "does not hide a key")
-
-
-@pytest.mark.parametrize("hidden", [False, True])
-def test_boolean_masks_from_outside(hidden: bool) -> None:
-    def fn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        w = q @ repeat_kv(k).mT * SCALE
-        w = w.masked_fill(mask, -math.inf) if hidden else torch.where(mask, w, -math.inf)
-        return w.softmax(-1) @ repeat_kv(v)
-
-    mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
-    (call,) = assert_fused(fused_within_contract(fn, *heads(torch.float32), ~mask if hidden else mask))
-    assert call.kwargs["mask"].meta["val"].dtype == torch.bool
-
-
-def test_two_masks_and_a_floor() -> None:
-    """GPT-Neo fills, then adds; XGLM keeps the sum above the lowest number; CodeGen scales last."""
-
-    def filled_then_added(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor) -> Tensor:
-        w = torch.where(visible, q @ repeat_kv(k).mT, torch.tensor(lowest(q)))
-        return (w + bias).softmax(-1) @ repeat_kv(v)
-
-    def floored(q: Tensor, k: Tensor, v: Tensor, _: Tensor, bias: Tensor) -> Tensor:
-        w = torch.max(q @ repeat_kv(k).mT + bias, torch.tensor(lowest(q)))
-        return w.softmax(-1) @ repeat_kv(v)
-
-    def scaled_last(q: Tensor, k: Tensor, v: Tensor, _: Tensor, bias: Tensor) -> Tensor:
-        return ((q @ repeat_kv(k).mT + bias) / 4.0).softmax(-1) @ repeat_kv(v)
-
-    visible = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
-    for fn, fill in ((filled_then_added, lowest(torch.zeros(()))), (floored, -math.inf), (scaled_last, -3.0)):
-        (call,) = assert_fused(fused_within_contract(fn, *heads(torch.float32), visible, padding(torch.float32, fill)))
-        assert call.kwargs["mask"] is not None
-
-
-def test_zeros_for_queries_without_a_key() -> None:
-    """CPM-Ant fills the probabilities of hidden keys with zeros."""
-
-    def fn(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
-        w = (q @ repeat_kv(k).mT).masked_fill(hidden, -math.inf)
-        return w.softmax(-1).masked_fill(hidden, 0.0) @ repeat_kv(v)
-
-    hidden = torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
-    hidden[0] = hidden[2, 1:] = True
-    outputs, report = fused(fn, *heads(torch.float32), hidden)
-    assert_fused(report)
-    assert torch.equal(outputs[:, :, 0], torch.zeros_like(outputs[:, :, 0]))
-    assert not outputs.isnan().any()
-
-
-@pytest.mark.parametrize("kv", [TOKENS, 12])
-def test_sliding_window(kv: int) -> None:
-    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows, columns = torch.arange(q.shape[2])[:, None] + (k.shape[2] - q.shape[2]), torch.arange(k.shape[2])
-        visible = (columns <= rows) & (columns > rows - 3)
-        return plain(q, k, v, torch.where(visible, 0.0, lowest(q)))
-
-    assert_fused(fused_within_contract(fn, *heads(torch.float32, kv=kv)), is_causal=True, window=3, causal_offset=(kv - TOKENS) or None)
-
-
-def test_static_cache_keeps_its_mask() -> None:
-    """The position is in a tensor: nothing is known of it when the graph is made."""
-
-    def fn(q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-        visible = torch.arange(k.shape[2])[None, :] <= torch.arange(q.shape[2])[:, None] + position
-        return F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), attn_mask=visible)
-
-    (call,) = assert_fused(fused_within_contract(fn, *heads(torch.bfloat16, tokens=1, kv=12), torch.tensor(4)), is_causal=None)
-    assert call.kwargs["mask"].meta["val"].dtype == torch.bool
-
-
-class Decode(nn.Module):
-    """A step with a cache that grows: with dynamic=True its length is a symbol."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Tensor:
-        return after(q, torch.cat((past_k, k), 2), torch.cat((past_v, v), 2))
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_growing_cache(tokens: int, dynamic: bool) -> None:
-    inputs = (*heads(torch.float32, tokens=tokens, kv=tokens), *heads(torch.float32, kv=7)[1:])
-    (call,) = assert_fused(fused_within_contract(Decode(), *inputs, dynamic=dynamic))
-    assert call.kwargs.get("mask") is None
-    assert bool(call.kwargs.get("is_causal")) == (tokens > 1)
 
 
 # -------------------------------------------------------------------- softcap and sinks
