@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .aliases import READS_METADATA, AliasClasses, is_view, may_alias
@@ -64,6 +64,21 @@ VIEW_OF_SCATTER: dict[Any, OpOverload] = {
     aten.diagonal_scatter.default: aten.diagonal.default,
 }
 _RESHAPES = {aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims}
+
+
+def written_back(graph: Graph) -> set[Node]:
+    """The nodes whose values end up in memory of the graph's inputs, or pass through it: re-inplaced they are that memory."""
+    stack = [copy.args[1] for copy in graph.find_nodes(op="call_function", target=aten.copy_.default)]
+    found: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Node) and node not in found:
+            found.add(node)
+            if is_view(node) or node.target in IN_PLACE:
+                stack.append(node.args[0])
+            elif node.target in VIEW_OF_SCATTER:
+                stack += node.args[:2]
+    return found
 
 
 def reinplace(gm: GraphModule, record: GraphRecord | None = None) -> int:

@@ -24,6 +24,7 @@ from .cost import mutated_arguments, node_launches, tensor_bytes
 from .layout import memory_of, own_tensor, returned_memory, same_strides, seen_through
 from .metadata import Metadata
 from .provenance import PROVENANCE
+from .reinplace import written_back
 from .torch_private import fake_mode_of, without_fake
 from .view import View
 from .view.materialize import Materializer
@@ -59,6 +60,7 @@ class _Merger:
         self.metadata = Metadata(fake_mode_of(gm))
         self.materializer = Materializer(view, gm.graph, self._emit)
         self.returned = returned_memory(gm.graph)
+        self.written_back = {memory_of(node) for node in written_back(gm.graph)}
         self.first: dict[Hashable, Node] = {}
         self.template: Node | None = None
         self.restrided: set[Node] = set()
@@ -89,6 +91,9 @@ class _Merger:
         """Whether users of `node` can use `other`: it lies in memory as that does, nobody writes to either, and one result is not two."""
         if {node, other} & self.view.overwritten.keys():
             return False
+        memories = [memory_of(node), memory_of(other)]
+        if self.returned.intersection(memories) and self.written_back.intersection(memories):
+            return False  # what is returned would be the input that the value is written back to
         if node in self.returned:
             if other in self.returned or memory_of(other).op != "call_function":
                 return False

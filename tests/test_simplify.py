@@ -111,6 +111,69 @@ def test_what_is_written_to_stays() -> None:
         assert torch.equal(torch.compile(compute, backend="npu_fusion")(inputs[0]), compute(inputs[0]))
 
 
+def copied(cache: Tensor, at: Tensor, x: Tensor) -> Any:
+    cache.index_copy_(0, at, x)
+    return cache.clone()
+
+
+def copied_through_a_view(cache: Tensor, at: Tensor, x: Tensor) -> Any:
+    cache.view(-1).view(4, 3).index_copy_(0, at, x)
+    return cache.clone().view(2, 6)
+
+
+def copied_between_writes(cache: Tensor, at: Tensor, x: Tensor) -> Any:
+    cache.index_copy_(0, at, x)
+    first = cache.clone()
+    cache.index_copy_(0, at - 1, x * 2)
+    return first
+
+
+def a_part_copied(cache: Tensor, at: Tensor, x: Tensor) -> Any:
+    cache[2] = x[0]
+    return cache[2].clone()
+
+
+def a_part_written_and_copied(cache: Tensor, at: Tensor, x: Tensor) -> Any:
+    half = cache[2:]
+    half.index_copy_(0, at - 1, x)
+    return half.clone()
+
+
+def written_and_computed_alike(cache: Tensor, at: Tensor, x: Tensor) -> Any:
+    new = cache.index_copy(0, at, x)
+    cache.index_copy_(0, at, x)
+    return new
+
+
+def a_counter(cache: Tensor, at: Tensor, x: Tensor) -> Any:
+    at.add_(1)
+    return at.clone()
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        copied,
+        copied_through_a_view,
+        copied_between_writes,
+        a_part_copied,
+        a_part_written_and_copied,
+        written_and_computed_alike,
+        a_counter,
+    ],
+)
+def test_a_copy_of_what_is_written_back_is_a_copy(step: Callable[..., Any]) -> None:
+    """The caller keeps the first step's result while the second one writes: they must not be the same memory."""
+    mine, theirs = ([torch.zeros(4, 3), torch.tensor([1]), torch.ones(1, 3)] for _ in range(2))
+    run = torch.compile(step, backend="npu_fusion", fullgraph=True)
+    with torch.no_grad():
+        kept = [(run(*mine), step(*theirs))]
+        mine[2], theirs[2] = mine[2] * 5, theirs[2] * 5
+        kept.append((run(*mine), step(*theirs)))
+    for actual, expected in (*kept, *zip(mine, theirs, strict=True)):
+        assert torch.equal(actual, expected)
+
+
 # -------------------------------------------------------------------- constants
 
 
