@@ -11,6 +11,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from . import torch_private
+from .layout import row_major
 
 aten = torch.ops.aten
 
@@ -76,6 +77,9 @@ def is_view(node: Node) -> bool:
         return isinstance(node.args[0], Node) and is_view(node.args[0])
     if op in _ALIASES_IN_SECRET:
         return True
+    if op is aten.reshape.default:  # what views become in a graph with fused ops; of a contiguous tensor it copies nothing
+        base = node.args[0].meta.get("val")  # type: ignore[union-attr]
+        return isinstance(base, torch.Tensor) and row_major(base)
     if not isinstance(op, OpOverload) or torch_private.is_composite(op):
         return False
     arguments, returns = op._schema.arguments, op._schema.returns

@@ -63,7 +63,7 @@ VIEW_OF_SCATTER: dict[Any, OpOverload] = {
     aten.select_scatter.default: aten.select.int,
     aten.diagonal_scatter.default: aten.diagonal.default,
 }
-_RESHAPES = {aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims}
+_RESHAPES = {aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims}
 
 
 def written_back(graph: Graph) -> set[Node]:
