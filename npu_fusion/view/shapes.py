@@ -16,11 +16,9 @@ from .value import Dim, Shape
 
 
 def to_dim(size: Any) -> Dim:
-    """An int or SymInt as an int or sympy expression."""
-    if isinstance(size, torch.SymInt):
-        expr = size.node.expr
-        return int(expr) if isinstance(expr, sympy.Integer) else expr
-    return int(size)
+    """An int, a SymInt or a sympy expression as an int or sympy expression."""
+    expr = size.node.expr if isinstance(size, torch.SymInt) else size
+    return expr if isinstance(expr, sympy.Expr) and not expr.is_Integer else int(expr)
 
 
 def to_shape(sizes: Iterable[Any]) -> Shape:
