@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 REFERENCE = "reference"
+CALLS = "npu_fusion_calls"
+"""Key of a node's metadata: names of the semantic calls whose results it holds."""
+_MEMORY = frozenset({aten.empty.memory_format, aten.empty_strided.default, aten.new_empty.default})
 
 
 class Refused(Exception):
@@ -267,6 +270,11 @@ class Builder:
         self._emitted = []
         self.graph.inserting_before(node)
 
+    def inputs(self) -> list[Node]:
+        """The nodes that what was emitted since `begin` reads, besides each other."""
+        emitted = {node for _, node in self._emitted}
+        return [node for node in dict.fromkeys(read for made in emitted for read in made.all_input_nodes) if node not in emitted]
+
     def take_back(self) -> None:
         """Erase what was emitted since `begin`."""
         for key, node in reversed(self._emitted):
@@ -415,6 +423,7 @@ def _replace(builder: Builder, node: Node, results: Node | Sequence[Node | None]
             pairs.append((user, _agreeing(builder, user, result)))
     for old, new in pairs:
         old.replace_all_uses_with(new)
+        new.meta[CALLS] = new.meta.get(CALLS, frozenset()) | {node.name}
     for unused in (*node.users, node) if not isinstance(results, Node) else (node,):
         builder.graph.erase_node(unused)
 
@@ -449,7 +458,9 @@ def _shown(value: Any) -> str:
 
 
 def _call_key(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What equal calls have in common; None for a call that must not be shared: one that writes, draws, or is seen through a view."""
+    """What equal calls have in common; None for a call that must not be shared: one that writes, draws, or gives memory to write to."""
+    if target in _MEMORY:
+        return None
     if isinstance(target, OpOverload) and (target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags):
         return None
 

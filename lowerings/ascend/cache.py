@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from ...cache_writes import RowWrite, WriteProvider, is_scalar, positions_of, register_write_provider
+from ...cache_writes import Absorbed, RowWrite, WriteProvider, is_scalar, positions_of, register_write_provider
 from ...config import TARGETS
 from ...lower import Builder
 from ...view.shapes import product, to_shape
@@ -29,20 +29,25 @@ from .table import ascend_ops
 aten = torch.ops.aten
 _LARGEST = 2**31 - 1
 
-Lowering = Callable[[Builder, Sequence[RowWrite], Npu], None]
+Lowering = Callable[[Builder, Sequence[RowWrite], Npu], Absorbed | None]
 
 
-def writes(ascend_op: str, *, count: int = 1) -> Callable[[Lowering], Lowering]:
-    """Register a function as the provider of cache writes that is named after an op of the table."""
+def writes(ascend_op: str, *, count: int = 1, rank: int = 0) -> Callable[[Lowering], Lowering]:
+    """Register a function as the provider of cache writes that is named after an op of the table.
+
+    Args:
+        ascend_op: qualified name of the op.
+        count, rank: as in `WriteProvider`.
+    """
     row = ascend_ops()[ascend_op]
 
     def declare(function: Lowering) -> Lowering:
-        def lower(builder: Builder, group: Sequence[RowWrite]) -> None:
+        def lower(builder: Builder, group: Sequence[RowWrite]) -> Absorbed | None:
             library.prepare(emulate=builder.config.emulate)
-            function(builder, group, Npu(builder))
+            return function(builder, group, Npu(builder))
 
         targets = tuple(target for target in TARGETS if target in row.targets)
-        register_write_provider(WriteProvider(row.shown, targets, lower, count))
+        register_write_provider(WriteProvider(row.shown, targets, lower, count, rank))
         return function
 
     return declare
@@ -50,13 +55,17 @@ def writes(ascend_op: str, *, count: int = 1) -> Callable[[Lowering], Lowering]:
 
 @writes("npu::npu_scatter_pa_kv_cache", count=2)
 def scatter_pa_kv_cache(b: Builder, group: Sequence[RowWrite], npu: Npu) -> None:
-    """Keys and values in one launch: the cache as pages [prefix, length, 1, row], each row a token of one head."""
+    """Keys and values in one launch: the cache as pages [prefix, length, 1, row], each row a token of one head; a fractal one as it is."""
+    b.require(len(group) == 2, "there is no second cache that is written at the same places")
     key, value = group
     slots = _slots(b, key)
     tokens = b.val(slots).shape[0]
     for write in group:
         b.require(b.at_least(product((write.prefix, write.length)), tokens), "there may be more rows to write than the cache has")
     rows = [b.contiguous(b.reshape(write.source, [b.size(slots, 0), 1, write.row])) for write in (key, value)]
+    if key.fractal:
+        npu("npu::npu_scatter_pa_kv_cache", *rows, key.cache, value.cache, slots, cache_mode="PA_NZ")
+        return
     runs = key.prefix if isinstance(key.prefix, int) else -1
     caches = [b.emit(aten.view.default, write.cache, [runs, write.length, 1, write.row]) for write in (key, value)]
     npu("npu::npu_scatter_pa_kv_cache", *rows, *caches, slots, cache_mode="Norm")
@@ -66,6 +75,7 @@ def scatter_pa_kv_cache(b: Builder, group: Sequence[RowWrite], npu: Npu) -> None
 def scatter_nd_update(b: Builder, group: Sequence[RowWrite], npu: Npu) -> None:
     """One tensor in one launch: the cache as rows [slots, row]."""
     (write,) = group
+    b.require(not write.fractal, "the rows of the cache lie in pieces")
     slots = _slots(b, write)
     count = b.size(slots, 0)
     indices = b.emit(aten.view.default, slots, [count, 1])
@@ -140,7 +150,7 @@ def _bases(b: Builder, write: RowWrite) -> Node:
     if isinstance(prefix, int):
         return b.constant(("slots", prefix, length, device), lambda: torch.arange(prefix, dtype=torch.int32, device=device) * length)
     count = b.size(write.cache, 0)
-    for dim in range(1, write.dim):
+    for dim in range(1, write.dims[0]):
         count = b.emit(aten.mul.Scalar, count, b.size(write.cache, dim))
     bases = b.emit(aten.arange.default, count, dtype=torch.int32, device=device)
     return b.emit(aten.mul.Tensor, bases, length)

@@ -224,6 +224,22 @@ def test_the_same_part_of_one_tensor_twice_stays_in_order() -> None:
     assert PAIR not in written.ops
 
 
+def test_a_batch_known_at_run_time_only() -> None:
+    """There may be more rows than one op can number: ATen's op, which counts in 64 bits, stays, and no provider stumbles."""
+
+    def step(k_cache: Tensor, v_cache: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        k_cache.index_copy_(2, positions, k)
+        v_cache.index_copy_(2, positions, v)
+        return k_cache + 1, v_cache + 1
+
+    inputs = (*caches(batch=3), torch.tensor([3]), *rows(batch=3))
+    for tensor in (*inputs[:2], *inputs[3:]):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    written = Written(step, *inputs, dynamic=None)
+    assert written.ops == ["aten.index_copy_"] * 2
+    assert "not known to have at most" in written.reasons
+
+
 # -------------------------------------------------------------------- what stays or is written apart
 
 
@@ -261,6 +277,10 @@ def accumulated(cache: Tensor, position: Tensor, x: Tensor) -> None:
 
 
 def apart(cache: Tensor, position: Tensor, x: Tensor) -> None:
+    cache.view(BATCH, HEADS, LENGTH // 2, 2 * SIZE)[position, :, position] = x[:1, :, 0].repeat(1, 1, 2)
+
+
+def in_pieces(cache: Tensor, position: Tensor, x: Tensor) -> None:
     cache[position, :, position] = x[:1, :, 0]
 
 
@@ -269,6 +289,7 @@ STAYS = {
     broadcast: "what is written is broadcast",
     accumulated: "it adds to what is there",
     apart: "do not lie side by side",
+    in_pieces: "the rows of the cache lie in pieces",
 }
 
 
