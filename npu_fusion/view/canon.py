@@ -265,6 +265,24 @@ class Canon(ViewCanon):
             self._mark_reduced(out)
         return out if keepdim else self.reshape(out, tuple(d for i, d in enumerate(x.shape) if i not in axes))
 
+    def matmul(self, a: Value, b: Value) -> Value:
+        """[..., M, K] @ [..., K, N]; a row by itself (einsum's way to add up squares) is the sum of its squares."""
+        row = self._row_by_itself(a, b)
+        if row is None:
+            return super().matmul(a, b)
+        return self.reshape(self.reduce("sum", self.unary("square", row), (-1,), keepdim=True), (*a.shape[:-1], 1))
+
+    def _row_by_itself(self, a: Value, b: Value) -> Value | None:
+        """The value [..., K] that `a` is as rows [..., 1, K] and `b` as columns [..., K, 1]; None for all other products."""
+        if a.op == b.op == "cast" and a.dtype == b.dtype and a.dtype is not None:
+            inner = self._row_by_itself(a.args[0], b.args[0])
+            return None if inner is None else self.cast(inner, a.dtype)
+        if not a.op == b.op == "reshape" or a.args[0] is not b.args[0]:
+            return None
+        row, size = a.args[0], a.shape[-1]
+        rows = same_shape(a.shape, (*b.shape[:-2], 1, size)) and same_shape(b.shape[-2:], (size, 1))
+        return row if rows and row.ndim > 0 and known_equal(row.shape[-1], size) else None
+
     def softmax(self, x: Value, dim: int) -> Value:
         dim = normal_dim(dim, x.ndim)
         if x.op == "sub" and x.args[1].op == "amax" and x.args[1].args[0] is x.args[0] and x.args[1].attrs["dims"] == (dim,):

@@ -143,7 +143,25 @@ def functional(x: Tensor, w: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (HIDDEN,), w, eps)
 
 
+def by_einsum(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    h = x.float()
+    return w * (h * torch.rsqrt(torch.einsum("...d,...d->...", h, h).unsqueeze(-1) / h.shape[-1] + eps)).to(x.dtype)
+
+
+def row_by_itself(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    h = x.float()
+    return w * (h * torch.rsqrt((h.unsqueeze(-2) @ h.unsqueeze(-1)).squeeze(-1) / h.shape[-1] + eps)).to(x.dtype)
+
+
+def vector_dot(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    h = x.float()
+    return w * (h * torch.rsqrt(torch.linalg.vecdot(h, h)[..., None] / h.shape[-1] + eps)).to(x.dtype)
+
+
 RMS_SPELLINGS: list[Spelling] = [
+    by_einsum,
+    row_by_itself,
+    vector_dot,
     llama,
     llama4,
     gemma,
@@ -329,7 +347,22 @@ def unbiased_variance(x: Tensor, w: Tensor) -> Tensor:
     return w * ((x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True) + 1e-5))
 
 
+def row_by_another(x: Tensor, w: Tensor) -> Tensor:
+    return w * x * torch.rsqrt(torch.einsum("...d,...d->...", x, x.abs()).unsqueeze(-1) / HIDDEN + 1)
+
+
+def rows_by_rows(x: Tensor, w: Tensor) -> Tensor:
+    return w * x * torch.rsqrt(torch.einsum("btd,bsd->bts", x, x).square().sum(-1, keepdim=True) / HIDDEN + 1e-6)
+
+
+def row_by_itself_over_less(x: Tensor, w: Tensor) -> Tensor:
+    return w * x * torch.rsqrt(torch.einsum("...d,...d->...", x, x).unsqueeze(-1) / (HIDDEN - 1) + 1e-6)
+
+
 LOOK_ALIKES = [
+    row_by_another,
+    rows_by_rows,
+    row_by_itself_over_less,
     eps_outside_the_root,
     part_of_the_hidden_size,
     another_tensors_root,
