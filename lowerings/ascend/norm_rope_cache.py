@@ -184,15 +184,25 @@ def _absorbed(b: Builder, results: dict[Node, Node], written: Sequence[_Written]
 
 @dataclass(frozen=True)
 class _Part:
-    """Channels of the last dimension of a tensor."""
+    """Of a tensor with the rows of tokens, the channels whose index along `dim` is in a range: all that lies behind `dim` is one row.
+
+    Attributes:
+        inner: how many channels an index along `dim` stands for.
+    """
 
     source: Node
+    dim: int
     start: int
     stop: int
+    inner: int
+
+    @property
+    def width(self) -> int:
+        return (self.stop - self.start) * self.inner
 
     def before(self, other: _Part) -> bool:
-        """Whether the other part follows this one in the same tensor."""
-        return self.source is other.source and self.stop == other.start
+        """Whether the other part follows this one in the same rows."""
+        return (self.source, self.dim, self.stop) == (other.source, other.dim, other.start)
 
 
 def _part(b: Builder, node: Any) -> _Part | None:
@@ -205,23 +215,30 @@ def _part(b: Builder, node: Any) -> _Part | None:
         return None
     defaults: tuple[Any, ...] = (None, 0, None, None, 1)
     source, dim, start, stop, step = (*args, *defaults[len(args) :])
-    rank, width = b.val(source).dim(), to_dim(b.val(source).shape[-1])
-    if dim % rank != rank - 1 or step != 1 or not all(isinstance(bound, int) for bound in (width, start or 0, stop or 0)):
+    size = to_dim(b.val(source).shape[dim])
+    if step != 1 or not all(isinstance(bound, int) for bound in (size, start or 0, stop or 0)):
         return None
-    first, last, _ = slice(start, stop).indices(width)
-    return _Part(source, first, last)
+    first, last, _ = slice(start, stop).indices(size)
+    return _part_of(b, source, dim, first, last)
 
 
 def _of_split(b: Builder, split: Node, place: int) -> _Part | None:
-    """One of the results of a split of the last dimension."""
+    """One of the results of a split."""
     if split.target not in (aten.split_with_sizes.default, aten.split.Tensor):
         return None
     source, dim = split.args[0], split.args[2] if len(split.args) > 2 else 0
     assert isinstance(source, Node)
-    widths = [to_dim(part.shape[-1]) for part in split.meta["val"]]
-    if dim not in (-1, b.val(source).dim() - 1) or not all(isinstance(width, int) for width in widths):
+    assert isinstance(dim, int)
+    widths = [to_dim(part.shape[dim]) for part in split.meta["val"]]
+    if not all(isinstance(width, int) for width in widths):
         return None
-    return _Part(source, sum(widths[:place]), sum(widths[: place + 1]))
+    return _part_of(b, source, dim, sum(widths[:place]), sum(widths[: place + 1]))
+
+
+def _part_of(b: Builder, source: Node, dim: int, start: int, stop: int) -> _Part | None:
+    dim %= b.val(source).dim()
+    inner = product(to_shape(b.val(source).shape[dim + 1 :]))
+    return _Part(source, dim, start, stop, inner) if isinstance(inner, int) else None
 
 
 def _side_by_side(b: Builder, *nodes: Any) -> tuple[Node, list[int]]:
@@ -229,11 +246,10 @@ def _side_by_side(b: Builder, *nodes: Any) -> tuple[Node, list[int]]:
     parts = [part for node in nodes if (part := _part(b, node)) is not None]
     fits = len(parts) == len(nodes) and all(first.before(second) for first, second in itertools.pairwise(parts))
     b.require(fits, "what it would take as one tensor is not side by side in one")
-    source, start, stop = parts[0].source, parts[0].start, parts[-1].stop
-    widths = [part.stop - part.start for part in parts]
-    if start == 0 and b.equal(b.val(source).shape[-1], stop):
-        return source, widths
-    return b.emit(aten.slice.Tensor, source, b.val(source).dim() - 1, start, stop), widths
+    first, stop, widths = parts[0], parts[-1].stop, [part.width for part in parts]
+    if first.start == 0 and b.equal(b.val(first.source).shape[first.dim], stop):
+        return first.source, widths
+    return b.emit(aten.slice.Tensor, first.source, first.dim, first.start, stop), widths
 
 
 # -------------------------------------------------------------------- heads

@@ -274,6 +274,31 @@ def test_heads_are_split_normed_rotated_and_written_by_one_op(tokens: int, dtype
     assert not calls(report, "npu_rms_norm")
 
 
+def test_a_projection_that_is_split_by_heads() -> None:
+    def step(qkv: Tensor, qw: Tensor, kw: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> Any:
+        x = qkv.unflatten(-1, (-1, 128))
+        q, k = rms_norm(x[:, :4], qw), rms_norm(x[:, 4:6], kw)
+        q, k = (rotate_half(y, cos.unsqueeze(1), sin.unsqueeze(1)) for y in (q, k))
+        fractal(k_cache, slots, k)
+        fractal(v_cache, slots, x[:, 6:])
+        return q * 1.5, k_cache.clone(), v_cache.clone()
+
+    assert runs_as(run(step, *heads_inputs(torch.bfloat16, 5)), "kv_update") == {HEADS}
+
+
+def test_heads_in_another_order() -> None:
+    """Keys before queries: the op would take one for the other."""
+
+    def step(qkv: Tensor, qw: Tensor, kw: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> Any:
+        k, q, v = (part.unflatten(-1, (-1, 128)) for part in qkv.split([256, 512, 256], -1))
+        q, k = (rotate_half(y, cos.unsqueeze(1), sin.unsqueeze(1)) for y in (rms_norm(q, qw), rms_norm(k, kw)))
+        fractal(k_cache, slots, k)
+        fractal(v_cache, slots, v)
+        return q * 1.5, k_cache.clone(), v_cache.clone()
+
+    assert HEADS not in runs_as(run(step, *heads_inputs(torch.bfloat16, 5)), "kv_update")
+
+
 def test_two_layers_have_queries_of_their_own() -> None:
     step = heads()
 
