@@ -75,12 +75,12 @@ class TestRowWrite:
     def test_index_copy(self) -> None:
         gm = graph_of(lambda c, at, x: c.index_copy_(-2, at, x), CACHE, AT, ROWS)
         [write] = [found for node in gm.graph.nodes if isinstance(found := row_write(node), RowWrite)]
-        assert (write.dim, write.prefix, write.length, write.row, write.wraps) == (1, 2, 3, 5, False)
+        assert (write.dims, write.prefix, write.length, write.row, write.wraps) == ((1,), 2, 3, 5, False)
 
     def test_index_put_of_two_dimensions(self) -> None:
         gm = graph_of(lambda c, at, x: c.index_put_((at, at), x), CACHE, AT, torch.ones(1, 5))
         [write] = [found for node in gm.graph.nodes if isinstance(found := row_write(node), RowWrite)]
-        assert (write.dim, write.prefix, write.length, write.row, write.wraps) == (0, 1, 6, 5, True)
+        assert (write.dims, write.prefix, write.length, write.row, write.wraps) == ((0, 1), 1, 6, 5, True)
         assert len(write.indices) == 2
 
     @pytest.mark.parametrize(
@@ -132,5 +132,7 @@ class TestProviders:
             b.index_copy_(1, at, x)
             return seen
 
-        providers.append(provider("two", zero, count=2))
-        assert lowered(graph_of(step, CACHE, OTHER, AT, ROWS))[1] == 0
+        taken: list[int] = []
+        providers.append(provider("two", lambda b, writes: (taken.append(len(writes)), zero(b, writes))[1], count=2))
+        count = lowered(graph_of(step, CACHE, OTHER, AT, ROWS))[1]
+        assert (count, taken) == (2, [1, 1])
