@@ -10,6 +10,7 @@ from .config import FusionConfig
 from .errors import ConfigError, NpuFusionError, ReportError, RuleError, UnsupportedInputError, VerificationError
 from .explain import explain
 from .lowerings import ascend as _ascend  # noqa: F401  registers its providers
+from .lowerings import triton as _triton
 from .lowerings.ascend.graph_compilers import npugraph_ex_options, torchair_config
 from .lowerings.inductor import inductor_options
 from .pipeline import fuse
@@ -17,6 +18,7 @@ from .record import GraphRecord, Site
 from .report import FusionReport, report
 from .rule import Call, GroupRule, Reject, Rule, register_rule, rule
 
+_triton.load()
 register()
 
 __all__ = [

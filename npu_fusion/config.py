@@ -37,7 +37,7 @@ class FusionConfig:
         disable: names of rules not to use.
         extra_rules: users' own rules, see `npu_fusion.register_rule`.
         verify: run every replaced subgraph beside its fused op on the first real inputs, and raise `VerificationError` on a mismatch.
-        emulate: run an Ascend lowering on CPU tensors.
+        emulate: run an Ascend lowering on CPU tensors; where Triton's interpreter is asked for (TRITON_INTERPRET=1), a CUDA one too.
         merge_weights: let linears that share an input be merged into one where a rule needs it.
 
     Raises:

@@ -302,7 +302,7 @@ DEVICES = {"cuda": "cuda", "cpu": "cpu"}  # of the targets that are not Ascend's
 
 def device_of(config: FusionConfig) -> str:
     """The device type of the tensors on which what is lowered for `config.target` runs."""
-    return DEVICES.get(config.target, "cpu" if config.emulate else "npu")
+    return "cpu" if config.emulate else DEVICES.get(config.target, "npu")
 
 
 def elsewhere(gm: GraphModule, config: FusionConfig) -> str | None:
@@ -312,7 +312,7 @@ def elsewhere(gm: GraphModule, config: FusionConfig) -> str | None:
     if not found or wanted in found:
         return None
     where = ", ".join(sorted(found))
-    hint = "" if config.emulate or wanted != "npu" else "; options={'emulate': True} runs the Ascend lowering on CPU tensors"
+    hint = "" if wanted != "npu" else "; options={'emulate': True} runs the Ascend lowering on CPU tensors"
     return f"target {config.target} needs tensors on {wanted}, these are on {where}: fused ops run as their references{hint}"
 
 

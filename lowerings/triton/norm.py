@@ -1,0 +1,381 @@
+"""Normalisations by Triton: the ops rms_norm, add_rms_norm, layer_norm, l2_norm, and their providers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ...kernels import norm as kernels
+from ...lower import Arguments, Builder
+from ...ops._common import check_choice, check_min_rank, check_sizes, check_value
+from .checks import FLOATS, as_rows, check_cores, check_dtypes, check_row_length, check_together, name_of
+from .define import device_for, launch, triton_op
+from .provide import provides
+
+# -------------------------------------------------------------------- ops
+
+
+def _check(
+    op: str, x: Tensor, vectors: dict[str, Tensor | None], matrices: dict[str, Tensor | None], out_dtype: torch.dtype, cores: int
+) -> None:
+    """What all of the family demand: x [..., H] first, vectors [H], and tensors of the shape of x."""
+    check_min_rank(op, 1, x=x)
+    check_dtypes(op, FLOATS, x=x, **vectors, **matrices)
+    check_value(op, out_dtype in FLOATS, f"out_dtype must be one of float16, bfloat16, float32, not {out_dtype}")
+    check_together(op, x=x, **vectors, **matrices)
+    check_row_length(op, "x", x.shape[-1])
+    check_cores(op, cores)
+    for name, vector in vectors.items():
+        if vector is not None:
+            check_sizes(op, name, vector.shape, x.shape[-1:])
+    for name, matrix in matrices.items():
+        if matrix is not None:
+            check_sizes(op, name, matrix.shape, x.shape)
+
+
+def _product(rounds: torch.dtype | None, weight: Tensor | None) -> torch.dtype | None:
+    """The dtype in which a normalised x that was rounded is multiplied by the weight."""
+    return None if rounds is None or weight is None else torch.promote_types(rounds, weight.dtype)
+
+
+@triton_op(
+    "(Tensor x, Tensor? weight, float eps, *, int weight_offset=0, Tensor? gate=None, str gate_activation='silu', bool gate_first=False, "
+    "int group_size=0, ScalarType? round_dtype=None, ScalarType? out_dtype=None, int cores) -> Tensor"
+)
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    weight_offset: int = 0,
+    gate: Tensor | None = None,
+    gate_activation: str = "silu",
+    gate_first: bool = False,
+    group_size: int = 0,
+    round_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    cores: int,
+) -> Tensor:
+    """`npu_fusion::rms_norm` in one launch; contiguous result.
+
+    Args:
+        x: [..., H], fp16, bf16 or fp32; rows may lie apart evenly, what lies otherwise is copied first.
+        weight, eps, weight_offset, gate, gate_activation, gate_first, group_size, round_dtype, out_dtype: as there; `gate` [..., H].
+        cores: vector cores of the device.
+
+    Rounding: fp32 inside, the normalised x and its product with the weight rounded where `round_dtype` says, one cast at the end.
+
+    Raises:
+        TypeError: a dtype is none of the three.
+        ValueError: a shape does not fit, tensors lie on several devices, or a row has 2^31 elements or more.
+    """
+    dtype = out_dtype or x.dtype
+    _check_rms_norm(x, weight, gate, gate_activation, group_size, dtype, cores)
+    y = x.new_empty(x.shape, dtype=dtype)
+    if y.numel() == 0:
+        return y
+    width = group_size or x.shape[-1]
+    groups = x.shape[-1] // width
+    xs, gates = as_rows(x, width), None if gate is None else as_rows(gate, width)
+    plan = kernels.rms_norm_launch(
+        xs.shape[0],
+        width,
+        device_for(x, cores),
+        groups=groups,
+        weight_offset=weight_offset,
+        gate=None if gate is None else gate_activation,
+        gate_first=gate_first,
+        round_to=name_of(round_dtype),
+        product=name_of(_product(round_dtype, weight)),
+    )
+    launch(
+        plan,
+        x,
+        x_ptr=xs,
+        weight_ptr=weight,
+        gate_ptr=gates,
+        y_ptr=y,
+        rows=xs.shape[0],
+        x_stride=xs.stride(0),
+        gate_stride=0 if gates is None else gates.stride(0),
+        groups=groups,
+        eps=eps,
+    )
+    return y
+
+
+def _check_rms_norm(
+    x: Tensor, weight: Tensor | None, gate: Tensor | None, gate_activation: str, group_size: int, out_dtype: torch.dtype, cores: int
+) -> None:
+    _check("rms_norm", x, {"weight": weight}, {"gate": gate}, out_dtype, cores)
+    check_choice("rms_norm", "gate_activation", gate_activation, ("silu", "sigmoid"))
+    check_value("rms_norm", group_size >= 0, f"group_size must not be negative: {group_size}")
+
+
+@rms_norm.fake
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    weight_offset: int = 0,
+    gate: Tensor | None = None,
+    gate_activation: str = "silu",
+    gate_first: bool = False,
+    group_size: int = 0,
+    round_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    cores: int,
+) -> Tensor:
+    dtype = out_dtype or x.dtype
+    _check_rms_norm(x, weight, gate, gate_activation, group_size, dtype, cores)
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@triton_op(
+    "(Tensor x, Tensor residual, Tensor? weight, float eps, *, Tensor? bias=None, int weight_offset=0, bool norm_unrounded=False, "
+    "ScalarType? sum_dtype=None, ScalarType? round_dtype=None, ScalarType? out_dtype=None, int cores) -> (Tensor, Tensor)"
+)
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    bias: Tensor | None = None,
+    weight_offset: int = 0,
+    norm_unrounded: bool = False,
+    sum_dtype: torch.dtype | None = None,
+    round_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    cores: int,
+) -> tuple[Tensor, Tensor]:
+    """`npu_fusion::add_rms_norm` in one launch; contiguous results.
+
+    Args:
+        x, residual: [..., H], fp16, bf16 or fp32; rows may lie apart evenly, what lies otherwise is copied first.
+        weight, eps, bias, weight_offset, norm_unrounded, sum_dtype, round_dtype, out_dtype: as there.
+        cores: vector cores of the device.
+
+    Rounding: fp32 inside; the sum is rounded once, the rest is as in `rms_norm`.
+
+    Raises:
+        as `rms_norm`.
+    """
+    total_dtype, dtype = _sum_dtypes(x, residual, sum_dtype, out_dtype)
+    _check("add_rms_norm", x, {"weight": weight, "bias": bias}, {"residual": residual}, dtype, cores)
+    y, total = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=total_dtype)
+    if y.numel() == 0:
+        return y, total
+    xs, residuals = as_rows(x), as_rows(residual)
+    plan = kernels.add_rms_norm_launch(
+        xs.shape[0],
+        xs.shape[1],
+        device_for(x, cores),
+        bias=bias is not None,
+        weight_offset=weight_offset,
+        unrounded=norm_unrounded,
+        round_to=name_of(round_dtype),
+        product=name_of(_product(round_dtype, weight)),
+    )
+    launch(
+        plan,
+        x,
+        x_ptr=xs,
+        residual_ptr=residuals,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        y_ptr=y,
+        sum_ptr=total,
+        rows=xs.shape[0],
+        x_stride=xs.stride(0),
+        residual_stride=residuals.stride(0),
+        eps=eps,
+    )
+    return y, total
+
+
+def _sum_dtypes(
+    x: Tensor, residual: Tensor, sum_dtype: torch.dtype | None, out_dtype: torch.dtype | None
+) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of the sum and of the norm."""
+    total = sum_dtype or torch.promote_types(x.dtype, residual.dtype)
+    return total, out_dtype or total
+
+
+@add_rms_norm.fake
+def _(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    bias: Tensor | None = None,
+    weight_offset: int = 0,
+    norm_unrounded: bool = False,
+    sum_dtype: torch.dtype | None = None,
+    round_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    cores: int,
+) -> tuple[Tensor, Tensor]:
+    total_dtype, dtype = _sum_dtypes(x, residual, sum_dtype, out_dtype)
+    _check("add_rms_norm", x, {"weight": weight, "bias": bias}, {"residual": residual}, dtype, cores)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=total_dtype)
+
+
+@triton_op(
+    "(Tensor x, Tensor? weight, Tensor? bias, float eps, *, ScalarType? round_dtype=None, ScalarType? out_dtype=None, int cores) -> Tensor"
+)
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    round_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    cores: int,
+) -> Tensor:
+    """`npu_fusion::layer_norm` in one launch; contiguous result.
+
+    Args:
+        x: [..., H], fp16, bf16 or fp32; rows may lie apart evenly, what lies otherwise is copied first.
+        weight, bias, eps, round_dtype, out_dtype: as there.
+        cores: vector cores of the device.
+
+    Rounding: fp32 inside, also for the mean and the variance, which is that of the differences from the mean.
+
+    Raises:
+        as `rms_norm`.
+    """
+    dtype = out_dtype or x.dtype
+    _check("layer_norm", x, {"weight": weight, "bias": bias}, {}, dtype, cores)
+    y = x.new_empty(x.shape, dtype=dtype)
+    if y.numel() == 0:
+        return y
+    xs = as_rows(x)
+    product = name_of(_product(round_dtype, weight))
+    plan = kernels.layer_norm_launch(xs.shape[0], xs.shape[1], device_for(x, cores), round_to=name_of(round_dtype), product=product)
+    launch(plan, x, x_ptr=xs, weight_ptr=weight, bias_ptr=bias, y_ptr=y, rows=xs.shape[0], x_stride=xs.stride(0), eps=eps)
+    return y
+
+
+@layer_norm.fake
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    round_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    cores: int,
+) -> Tensor:
+    dtype = out_dtype or x.dtype
+    _check("layer_norm", x, {"weight": weight, "bias": bias}, {}, dtype, cores)
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@triton_op("(Tensor x, float eps, *, str eps_mode='add', float scale=1.0, ScalarType? out_dtype=None, int cores) -> Tensor")
+def l2_norm(
+    x: Tensor, eps: float, *, eps_mode: str = "add", scale: float = 1.0, out_dtype: torch.dtype | None = None, cores: int
+) -> Tensor:
+    """`npu_fusion::l2_norm` in one launch; contiguous result.
+
+    Args:
+        x: [..., H], fp16, bf16 or fp32; rows may lie apart evenly, what lies otherwise is copied first.
+        eps, eps_mode, scale, out_dtype: as there.
+        cores: vector cores of the device.
+
+    Rounding: fp32 inside, one cast at the end.
+
+    Raises:
+        as `rms_norm`.
+    """
+    dtype = out_dtype or x.dtype
+    _check_l2_norm(x, eps_mode, dtype, cores)
+    y = x.new_empty(x.shape, dtype=dtype)
+    if y.numel() == 0:
+        return y
+    xs = as_rows(x)
+    plan = kernels.l2_norm_launch(xs.shape[0], xs.shape[1], device_for(x, cores), limit=eps_mode == "max")
+    launch(plan, x, x_ptr=xs, y_ptr=y, rows=xs.shape[0], x_stride=xs.stride(0), eps=eps, scale=scale)
+    return y
+
+
+def _check_l2_norm(x: Tensor, eps_mode: str, out_dtype: torch.dtype, cores: int) -> None:
+    _check("l2_norm", x, {}, {}, out_dtype, cores)
+    check_choice("l2_norm", "eps_mode", eps_mode, ("add", "max"))
+
+
+@l2_norm.fake
+def _(x: Tensor, eps: float, *, eps_mode: str = "add", scale: float = 1.0, out_dtype: torch.dtype | None = None, cores: int) -> Tensor:
+    dtype = out_dtype or x.dtype
+    _check_l2_norm(x, eps_mode, dtype, cores)
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+# -------------------------------------------------------------------- providers
+
+
+def _one_of(b: Builder, **tensors: Node | None) -> None:
+    """Refuse dtypes that the kernels do not take."""
+    for name, node in tensors.items():
+        b.require(node is None or b.val(node).dtype in FLOATS, f"{name} is {None if node is None else b.val(node).dtype}")
+
+
+def _width(b: Builder, x: Node) -> None:
+    b.require(isinstance(b.val(x).shape[-1], int), "the last dimension is symbolic: a kernel is compiled for its size")
+
+
+def _rounding(b: Builder, a: Arguments) -> torch.dtype | None:
+    """Where the normalised x is rounded: nowhere, unless the configuration asks for the model's own rounding."""
+    rounds: torch.dtype | None = a.round_dtype
+    return rounds if b.config.rounding == "exact" else None
+
+
+@provides("rms_norm", "triton.rms_norm")
+def _rms_norm(b: Builder, a: Arguments, cores: int) -> Node:
+    _one_of(b, x=a.x, weight=a.weight, gate=a.gate)
+    _width(b, a.x)
+    gating: dict[str, Any] = {"gate": a.gate, "gate_activation": a.gate_activation, "gate_first": a.gate_first, "group_size": a.group_size}
+    rounding = {"round_dtype": _rounding(b, a), "out_dtype": a.out_dtype or b.val(a.x).dtype}
+    return b.emit(rms_norm.overload, a.x, a.weight, a.eps, weight_offset=a.weight_offset, **gating, **rounding, cores=cores)
+
+
+@provides("add_rms_norm", "triton.add_rms_norm")
+def _add_rms_norm(b: Builder, a: Arguments, cores: int) -> list[Node]:
+    _one_of(b, x=a.x, residual=a.residual, weight=a.weight, bias=a.bias)
+    _width(b, a.x)
+    call = b.emit(
+        add_rms_norm.overload,
+        a.x,
+        a.residual,
+        a.weight,
+        a.eps,
+        bias=a.bias,
+        weight_offset=a.weight_offset,
+        norm_unrounded=a.norm_unrounded,
+        sum_dtype=a.sum_dtype,
+        round_dtype=_rounding(b, a),
+        out_dtype=a.out_dtype,
+        cores=cores,
+    )
+    return b.results(call, 2)
+
+
+@provides("layer_norm", "triton.layer_norm")
+def _layer_norm(b: Builder, a: Arguments, cores: int) -> Node:
+    _one_of(b, x=a.x, weight=a.weight, bias=a.bias)
+    _width(b, a.x)
+    return b.emit(layer_norm.overload, a.x, a.weight, a.bias, a.eps, round_dtype=_rounding(b, a), out_dtype=a.out_dtype, cores=cores)
+
+
+@provides("l2_norm", "triton.l2_norm")
+def _l2_norm(b: Builder, a: Arguments, cores: int) -> Node:
+    _one_of(b, x=a.x)
+    _width(b, a.x)
+    return b.emit(l2_norm.overload, a.x, a.eps, eps_mode=a.eps_mode, scale=a.scale, out_dtype=a.out_dtype, cores=cores)
