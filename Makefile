@@ -39,7 +39,7 @@ types:
 # Torch, hypothesis and others are stricter where CI is set; what CI would refuse is to be refused here.
 unit: export CI ?= 1
 unit:
-	$(RUN) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadgroup) $(PYTEST_ARGS)
+	$(RUN) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadgroup --no-loadscope-reorder) $(PYTEST_ARGS)
 
 # Needs nothing but torch, triton and pytest beside the clone, so that it runs where nothing can be installed. NPU_FUSION_PYTHON defaults to
 # the machine's own python3.
