@@ -158,8 +158,9 @@ def _slots(buffer: Mapping[str, Any]) -> list[tuple[int, int]]:
 def lost_double_buffering(log: str, records: Iterable[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
     """Why transfers do not overlap with computation, or not as far as they should; "" where they do.
 
-    The compiler gives double buffering up for the whole kernel with a note. Before that it saves memory in silence: it lays one of a buffer's
-    two copies over another buffer, whose use the next transfer must then wait for. (Buffers with the same copies are one buffer: an operation in place.)
+    The compiler gives double buffering up for the whole kernel with a note. Before that it saves memory in silence: it lays one of a
+    buffer's two copies over another buffer, whose use the next transfer must then wait for. (Buffers with the same copies are one: an
+    operation in place.)
     """
     if options.get("multibuffer") is False:
         return "the option multibuffer is off"

@@ -38,7 +38,7 @@ def _loops(result: Result) -> Iterator[str]:
     if declared and not result.subject.note:
         yield "scalar loops are declared without a note that says why"
     for loop in result.scalar_loops:
-        if not loop.vector and loop.trips not in declared:
+        if not loop.rows and loop.trips not in declared:
             yield f"scalar loop that is not declared: {loop}"
     if result.ok:  # else there is no module to look for them in
         for trips in sorted(declared - {loop.trips for loop in result.scalar_loops}):

@@ -65,15 +65,16 @@ class ScalarLoop:
     Attributes:
         trips: how often its body runs, by the loops of constant length around it; UNKNOWN where its own is not constant.
         accesses: what the body does to single elements, such as "load i64 ub" or "transfer f32 gm".
-        vector: whether each pass also moves or computes a vector, so that the elements are indices or factors of whole rows.
+        rows: whether each pass works on a whole row (at least one vector), and single elements are only read, as its index or factor,
+            or sent to global memory, as its sum. Such a loop costs little.
     """
 
     trips: int
     accesses: tuple[str, ...]
-    vector: bool = False
+    rows: bool = False
 
     def __str__(self) -> str:
-        return f"{self.trips or 'unknown'} x ({', '.join(self.accesses)}{', and vectors' if self.vector else ''})"
+        return f"{self.trips or 'unknown'} {'rows' if self.rows else 'elements'} ({', '.join(self.accesses)})"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tools import environment
+import tools.environment
 
 from .limits import KIB, violations
 from .result import Result, Subject
@@ -64,7 +64,7 @@ def compile_cases(sources: Sequence[str], socs: Sequence[str] = SOCS, processes:
 
 def _ask(sources: Sequence[str], socs: Sequence[str], processes: int, only: str = "") -> Any:
     try:
-        python = environment.python_of("ascend")
+        python = tools.environment.python_of("ascend")
     except subprocess.CalledProcessError as error:
         raise GateError(f"the ascend environment cannot be built: {error}") from error
     # This process's own packages are not for the other Python, and the interpreter's functions are none that can be compiled.
@@ -90,13 +90,20 @@ def line(result: Result) -> str:
     memory = ", ".join(f"{name} {size / KIB:.1f}" for name, size in sorted(result.memory.items()))
     broken = violations(result)
     head = f"{'FAIL' if broken else 'ok  '} {result.soc:<15} {result.subject}  [KiB: {memory}]  {seconds:.2f} s"
-    details = [*broken, *(f"loop: {loop}" for loop in result.scalar_loops), *filter(None, (result.lost_double_buffering,)), *result.warnings]
+    details = [
+        *broken,
+        *(f"loop: {loop}" for loop in result.scalar_loops),
+        *filter(None, (result.lost_double_buffering,)),
+        *result.warnings,
+    ]
     return "\n".join([head, *(f"       {detail}" for detail in details)])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.ascend_gate.run", description="Compile kernels for Ascend, offline.")
-    parser.add_argument("sources", nargs="*", default=case_sources(), metavar="MODULE[:FUNCTION]", help="cases (all of tests/kernels/cases)")
+    parser.add_argument(
+        "sources", nargs="*", default=case_sources(), metavar="MODULE[:FUNCTION]", help="cases (all of tests/kernels/cases)"
+    )
     parser.add_argument("-k", dest="only", default="", metavar="TEXT", help="only cases with TEXT in name, family or kernel")
     parser.add_argument("--soc", action="append", help=f"SoC to compile for, again for more (default {', '.join(SOCS)})")
     parser.add_argument("--processes", type=int, default=PROCESSES)
@@ -109,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(line(result))
     failed = sum(bool(violations(result)) for result in results)
     print(f"{len(results) - failed} passed, {failed} failed")
-    sys.exit(failed > 0)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

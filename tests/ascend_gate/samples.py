@@ -37,6 +37,14 @@ def square_kernel(x_ptr, y_ptr, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def histogram_kernel(x_ptr, y_ptr, rows, BLOCK: tl.constexpr, BINS: tl.constexpr):
+    """y = how often each number is in a row, counted one element after the other: x [rows, BLOCK], y [rows, BINS], both int32."""
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        x = tl.load(x_ptr + row * BLOCK + tl.arange(0, BLOCK))
+        tl.store(y_ptr + row * BINS + tl.arange(0, BINS), tl.histogram(x, BINS))
+
+
+@triton.jit
 def sum_kernel(x_ptr, y_ptr, rows, columns):
     """y = sum of x over a row of run-time length, one element after the other: x [rows, columns], y [rows]."""
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -130,6 +138,7 @@ def broken() -> Iterator[Case]:
     yield _add_one("unified buffer overflows", "*fp32", LARGEST)
     yield _add_one("unified buffer over the limit", "*fp32", 16384, note="that its double buffering is poor is not the point")
     yield _add_one("double buffering off", "*fp32", 4096, multibuffer=False)
+    yield _add_one("double buffering given up", "*fp32", 32768)
     yield _add_one("double buffering shared", "*fp32", 16384)
     yield _add_one("grid too large", "*fp32", 1024, grid=65536)
     yield _add_one("unknown option", "*fp32", 1024, num_wraps=4)
@@ -137,7 +146,11 @@ def broken() -> Iterator[Case]:
     yield _square("scalar loop of another length", 256, (128,), "wrong")
     yield _square("scalar loop without a note", 256, (256,))
     yield _sum("scalar loop of unknown length")
-    yield Case("stale declaration", Launch(add_one_kernel, 1, {"BLOCK": 1024}), {"x_ptr": "*fp32", "y_ptr": "*fp32", "rows": "i32"}, (8,), "was")
+    counts = Launch(histogram_kernel, ASCEND.cores, {"BLOCK": 256, "BINS": 128})
+    yield Case("scalar loop beside vectors", counts, {"x_ptr": "*i32", "y_ptr": "*i32", "rows": "i32"})
+    yield Case(
+        "stale declaration", Launch(add_one_kernel, 1, {"BLOCK": 1024}), {"x_ptr": "*fp32", "y_ptr": "*fp32", "rows": "i32"}, (8,), "was"
+    )
     yield Case("not Triton", Launch(unequal_kernel, 1, {"BLOCK": 64}), one)
     yield Case("not for Ascend", Launch(double_kernel, 1, {"BLOCK": 64}), one)
     yield Case("argument without type", Launch(add_one_kernel, 1, {"BLOCK": 64}), one)

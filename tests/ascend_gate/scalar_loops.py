@@ -1,14 +1,14 @@
 """Finds the loops over single elements in the module that bishengir-compile would hand to hivmc.
 
-Ascend's cores work on vectors. Where the compiler has no vector instruction for an operation it leaves a loop that loads, computes and stores
-one element at a time, which is correct and slower by orders of magnitude. The module is read as text, a line an operation, as the
+Ascend's cores work on vectors. Where the compiler has no vector instruction for an operation it leaves a loop that loads, computes and
+stores one element at a time, which is correct and slower by orders of magnitude. The module is read as text, a line an operation, as the
 compiler prints it:
 
     scf.for %i = %c0 to %c256 step %c1 {
       %0 = memref.load %buffer[%i] : memref<256xi64, #hivm.address_space<ub>>
 
-What counts as an access to a single element: a load or store in global memory; a load or store at an index that varies, in the unified buffer
-(a fixed one is where a reduction leaves its result); a transfer of one element by a library function.
+What counts as an access to a single element: a load or store in global memory; a load or store at an index that varies, in the unified
+buffer (a fixed one is where a reduction leaves its result); a transfer of one element by a library function.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Loop:
     trips: int  # its own
     outer: _Loop | None
     accesses: set[str] = field(default_factory=set)
-    vector: bool = False
+    vector: bool = False  # whether a pass works on at least one vector, here or in a loop inside
 
     def around(self) -> Iterator[_Loop]:
         """This loop and those it lies in, from the inside."""
@@ -49,7 +49,8 @@ class _Loop:
 
     def finished(self) -> ScalarLoop:
         trips = self.trips * math.prod(loop.trips for loop in self.around() if loop is not self and loop.trips != UNKNOWN)
-        return ScalarLoop(trips, tuple(sorted(self.accesses)), self.vector)
+        elementwise = any(access.startswith("store") for access in self.accesses)  # whatever vectors it works on as well
+        return ScalarLoop(trips, tuple(sorted(self.accesses)), rows=self.vector and not elementwise)
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,14 @@ class _Memref:
 def scalar_loops(module: str) -> tuple[ScalarLoop, ...]:
     """The loops of a module that access single elements, most trips first; a loop of one trip is none.
 
-    A loop of unknown length that also works on vectors is left out: every kernel's loop over its rows is one, and may load a scalar a row.
+    A loop over rows whose length is unknown is left out: every kernel's outermost loop is one, and may load a scalar a row.
     """
     reader = _Reader()
     for line in module.splitlines():
         reader.read(line.strip())
     found = [loop.finished() for loop in reader.loops if loop.accesses]
-    kept = {loop for loop in found if loop.trips != 1 and not (loop.vector and loop.trips == UNKNOWN)}
-    return tuple(sorted(kept, key=lambda loop: (-loop.trips, loop.accesses, loop.vector)))
+    kept = {loop for loop in found if loop.trips != 1 and not (loop.rows and loop.trips == UNKNOWN)}
+    return tuple(sorted(kept, key=lambda loop: (-loop.trips, loop.accesses, loop.rows)))
 
 
 class _Reader:

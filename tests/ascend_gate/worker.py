@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def add_package(folder: Path) -> None:
-    """Make submodules of a package importable without running its `__init__`: npu_fusion's imports torch, which this environment has not."""
+    """Make a package's submodules importable without running its `__init__`: npu_fusion's imports torch, which this environment has not."""
     spec = importlib.machinery.ModuleSpec(folder.name, loader=None, is_package=True)
     spec.submodule_search_locations = [str(folder)]
     sys.modules[folder.name] = importlib.util.module_from_spec(spec)
