@@ -17,6 +17,8 @@ from .result import Result, Subject
 from .run import ROOT, SOCS, GateError, case_sources, compile_cases, subjects
 from .table import document
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ascend_gate")]  # one process of the tests compiles, for all
+
 SAMPLES = "tests.ascend_gate.samples"
 BROKEN = f"{SAMPLES}:broken"
 
