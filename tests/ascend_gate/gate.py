@@ -92,7 +92,9 @@ class _Lowering:
 
     def __init__(self, case: Case, soc: str) -> None:
         kernel, options = case.launch.kernel, dict(case.launch.options)
-        _check_arguments(kernel, case.types, case.launch.constants)
+        types = {name: kind for name, kind in case.types.items() if kind is not None}
+        constants = {**case.launch.constants, **{name: None for name, kind in case.types.items() if kind is None}}
+        _check_arguments(kernel, types, constants)
         target = GPUTarget("npu", soc, 0)
         backend = make_backend(target)
         self.options = backend.parse_options(options)
@@ -102,10 +104,10 @@ class _Lowering:
         self.context = ir.context()  # the module lives in it
         ir.load_dialects(self.context)
         backend.load_dialects(self.context)
-        signature = {name: case.types[name] for name in kernel.arg_names if name in case.types}
+        signature = {name: types[name] for name in kernel.arg_names if name in types}
         # torch's allocations are aligned, whereas a number may be any
-        pointers = {index: 16 for index, name in enumerate(kernel.arg_names) if case.types.get(name, "").startswith("*")}
-        source = ASTSource(kernel, signature, dict(case.launch.constants), ascend.AscendAttrsDescriptor.from_hints(pointers))
+        pointers = {index: 16 for index, name in enumerate(kernel.arg_names) if types.get(name, "").startswith("*")}
+        source = ASTSource(kernel, signature, constants, ascend.AscendAttrsDescriptor.from_hints(pointers))
         module = source.make_ir(self.options, backend.get_codegen_implementation(), backend.get_module_map(), self.context)
         self.module = ascend.make_ttir(module, self.metadata, self.options)
 

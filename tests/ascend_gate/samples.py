@@ -28,6 +28,16 @@ def add_one_kernel(x_ptr, y_ptr, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def scale_kernel(x_ptr, factor_ptr, rows, BLOCK: tl.constexpr):
+    """x = x * factor, or 2 x without a factor: x [rows, BLOCK], factor [BLOCK] or None."""
+    columns = tl.arange(0, BLOCK)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        x = tl.load(x_ptr + row * BLOCK + columns)
+        x = x * 2.0 if factor_ptr is None else x * tl.load(factor_ptr + columns)
+        tl.store(x_ptr + row * BLOCK + columns, x)
+
+
+@triton.jit
 def square_kernel(x_ptr, y_ptr, rows, BLOCK: tl.constexpr):
     """y = x * x in int64, for which there is no vector instruction: x [rows, BLOCK] int32, y int64."""
     columns = tl.arange(0, BLOCK)
@@ -124,6 +134,11 @@ def cases() -> Iterator[Case]:
     yield _add_one("single-buffered with a note", "*fp32", 4096, note="to show that it can be", multibuffer=False)
     yield _square("scalar loop that is declared", 128, (128,), "int64 has no vector multiplication")
     yield _sum("scalar loop of unknown length", (0,), "to show that it can be")
+    yield Case(
+        "tensor that is left out",
+        Launch(scale_kernel, ASCEND.cores, {"BLOCK": 1024}),
+        {"x_ptr": "*fp32", "factor_ptr": None, "rows": "i32"},
+    )
     rows = Launch(gather_rows_kernel, ASCEND.cores, {"ROWS": 8, "BLOCK": 1024})
     types = {"x_ptr": "*fp32", "index_ptr": "*i32", "y_ptr": "*fp32", "groups": "i32"}
     yield Case("rows by index", rows, types)
