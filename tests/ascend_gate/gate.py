@@ -30,7 +30,7 @@ from .scalar_loops import scalar_loops
 
 T = TypeVar("T")
 
-_libraries = functools.cache(bishengir.device_libraries)
+LIBRARIES = bishengir.device_libraries()  # read once, before the worker forks
 
 
 def compile_case(subject: Subject, case: Case, soc: str) -> Result:
@@ -133,8 +133,7 @@ def _check_arguments(kernel: Any, types: Mapping[str, str], constants: Mapping[s
 
 
 def _link(module: str) -> None:
-    libraries = _libraries()
-    if not libraries:
+    if not LIBRARIES:
         raise FileNotFoundError("ascendnpu-ir has no device library")
-    if missing := bishengir.missing_functions(module, libraries):
+    if missing := bishengir.missing_functions(module, LIBRARIES):
         raise LookupError(f"not in the device library: {', '.join(missing)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -26,7 +27,7 @@ def run_isolated(
 
     Args:
         processes: how many run at a time.
-        died: the answer for a job whose process ended without one; it is told how.
+        died: the answer for a job whose process ended without one, or raised; it is told how.
     """
     answers: dict[int, Answer] = {}
     waiting = list(enumerate(jobs))[::-1]
@@ -39,8 +40,9 @@ def run_isolated(
             assert isinstance(ready, Connection)
             index, process = running.pop(ready)
             try:
-                answers[index] = ready.recv()
+                answer, failure = ready.recv()
                 process.join()
+                answers[index] = died(jobs[index], failure) if failure else answer
             except EOFError:
                 process.join()
                 answers[index] = died(jobs[index], _end(process.exitcode or 0))
@@ -57,7 +59,10 @@ def _start(function: Callable[[Job], Answer], index: int, job: Job) -> tuple[Con
 
 
 def _answer(function: Callable[[Job], Answer], job: Job, sender: Connection) -> None:
-    sender.send(function(job))
+    try:
+        sender.send((function(job), ""))
+    except Exception:
+        sender.send((None, f"the process raised:\n{traceback.format_exc()}"))
 
 
 def _end(status: int) -> str:

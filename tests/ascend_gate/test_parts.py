@@ -314,16 +314,22 @@ from tests.ascend_gate.processes import run_isolated
 def work(job):
     if job == "dies": os.kill(os.getpid(), signal.SIGSEGV)
     if job == "leaves": os._exit(3)
+    if job == "raises": raise OSError("no")
     return job.upper()
 
-print(run_isolated(work, sys.argv[2:], int(sys.argv[1]), lambda job, how: f"{job}: {how}"))
+def died(job, how):
+    lines = how.splitlines()
+    return f"{job}: {lines[0]} {lines[-1] if len(lines) > 1 else ''}".strip()
+
+print(run_isolated(work, sys.argv[2:], int(sys.argv[1]), died))
 """
 
 
 @pytest.mark.parametrize("processes", [1, 3])
 def test_a_process_that_dies_costs_one_job(processes: int) -> None:
     """In a program of its own: torch has threads, beside which one does not fork."""
-    command = [sys.executable, "-c", PROGRAM, str(processes), "a", "dies", "b", "leaves", "c"]
+    command = [sys.executable, "-c", PROGRAM, str(processes), "a", "dies", "b", "leaves", "raises"]
     done = subprocess.run(command, cwd=run.ROOT, capture_output=True, text=True, check=True)
-    expected = ["A", "dies: the process died: SIGSEGV", "B", "leaves: the process died: exit status 3", "C"]
+    expected = ["A", "dies: the process died: SIGSEGV", "B", "leaves: the process died: exit status 3"]
+    expected.append("raises: the process raised: OSError: no")
     assert done.stdout == f"{expected}\n"
