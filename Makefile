@@ -13,12 +13,12 @@ CARRY_PYTEST := \
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint format types unit gpu-test coverage bench launches
+.PHONY: help demo test lint format types unit gpu-test coverage bench launches kernels
 
 help:
 	@echo "make demo      compile two real models, show what fused, check against eager"
 	@echo "make test      lint, types and all tests that this machine can run"
-	@echo "make lint | types | unit | format | gpu-test | coverage | bench | launches"
+	@echo "make lint | types | unit | format | gpu-test | coverage | bench | launches | kernels"
 
 demo:
 	$(RUN) examples/demo.py
@@ -57,3 +57,7 @@ bench:
 # On the virtual NPU, in the environment that has torch_npu (tools/environment.py npu).
 launches:
 	$(RUN) benchmarks/launches.py
+
+# By the compiler in the environment that has triton-ascend (tools/environment.py ascend).
+kernels:
+	$(RUN) -m tests.ascend_gate.table docs/kernels.md
