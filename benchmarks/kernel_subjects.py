@@ -12,6 +12,7 @@ from torch import Tensor
 
 ops = torch.ops.npu_fusion_triton
 BF16 = torch.bfloat16
+Inputs = Callable[[int, str], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Subject:
 
     Attributes:
         name: the kernel and its width.
-        inputs: makes one set of arguments for a number of rows, on the GPU.
+        inputs: makes one set of arguments for a number of rows, on a device.
         ours: the Triton op, with `cores`.
         plain: the same in plain PyTorch, for Inductor.
         libraries: what else computes the same here, by name.
@@ -29,7 +30,7 @@ class Subject:
     """
 
     name: str
-    inputs: Callable[[int], tuple[Any, ...]]
+    inputs: Inputs
     ours: Callable[..., Any]
     plain: Callable[..., Any]
     libraries: Callable[[], dict[str, Callable[..., Any]]] = dict
@@ -44,8 +45,8 @@ def tensors_in(values: Any) -> list[Tensor]:
     return [tensor for value in values for tensor in tensors_in(value)] if isinstance(values, (tuple, list)) else []
 
 
-def _random(*sizes: int, dtype: torch.dtype = BF16) -> Tensor:
-    return torch.randn(sizes, device="cuda").to(dtype)
+def random(*sizes: int, device: str, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(sizes, device=device).to(dtype)
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -70,9 +71,14 @@ def _liger_rms_norm() -> dict[str, Callable[..., Any]]:
     return {"liger": lambda x, weight: LigerRMSNormFunction.apply(x, weight, 1e-6, 0.0, "llama", False)}
 
 
-def _matrices(count: int, hidden: int, vectors: int) -> Callable[[int], tuple[Any, ...]]:
+def matrices(count: int, hidden: int, vectors: int = 0) -> Inputs:
     """Makes `count` matrices [rows, hidden] and `vectors` vectors [hidden]."""
-    return lambda rows: (*(_random(rows, hidden) for _ in range(count)), *(_random(hidden) for _ in range(vectors)))
+
+    def make(rows: int, device: str) -> tuple[Any, ...]:
+        sizes = [(rows, hidden)] * count + [(hidden,)] * vectors
+        return tuple(random(*size, device=device) for size in sizes)
+
+    return make
 
 
 def rms_norm(x: Tensor, weight: Tensor, cores: int) -> Any:
@@ -89,9 +95,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, cores: int) -> Any:
 
 def _norms() -> Iterator[Subject]:
     for hidden in (2048, 4096, 7168):
-        yield Subject(f"rms_norm {hidden}", _matrices(1, hidden, 1), rms_norm, plain_rms_norm, _liger_rms_norm)
-        yield Subject(f"add_rms_norm {hidden}", _matrices(2, hidden, 1), add_rms_norm, plain_add_rms_norm)
-        yield Subject(f"layer_norm {hidden}", _matrices(1, hidden, 2), layer_norm, plain_layer_norm)
+        yield Subject(f"rms_norm {hidden}", matrices(1, hidden, 1), rms_norm, plain_rms_norm, _liger_rms_norm)
+        yield Subject(f"add_rms_norm {hidden}", matrices(2, hidden, 1), add_rms_norm, plain_add_rms_norm)
+        yield Subject(f"layer_norm {hidden}", matrices(1, hidden, 2), layer_norm, plain_layer_norm)
 
 
 SUBJECTS: list[Subject] = [*_norms()]

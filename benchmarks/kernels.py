@@ -88,10 +88,10 @@ def bytes_of(values: Any) -> int:
 
 def input_sets(subject: Subject, rows: int) -> list[tuple[Any, ...]]:
     """So many sets of inputs that a call finds none of its own in the L2 cache."""
-    first = subject.inputs(rows)
+    first = subject.inputs(rows, "cuda")
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     count = min(MOST_SETS, max(2, -(-L2_CACHES * cache // max(1, bytes_of(first)))))
-    return [first, *(subject.inputs(rows) for _ in range(count - 1))]
+    return [first, *(subject.inputs(rows, "cuda") for _ in range(count - 1))]
 
 
 def ways_of(subject: Subject, sets: Sequence[tuple[Any, ...]], cores: int) -> list[Way]:
