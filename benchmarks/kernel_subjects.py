@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import npu_fusion  # noqa: F401  registers the ops
+
 ops = torch.ops.npu_fusion_triton
 BF16 = torch.bfloat16
 Inputs = Callable[[int, str], tuple[Any, ...]]
