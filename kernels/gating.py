@@ -1,8 +1,8 @@
 """Choice of experts from router logits [rows, experts]: scores, an optional limit to the best groups, the best k, their weights.
 
-A tile holds whole rows, laid out by groups: [ROWS, GROUPS, MEMBERS], padded to powers of 2. The k best are found one after the other, each by
-a maximum and the first lane that has it, so that the order is that of a stable sort; a choice that is taken becomes -inf, below which there is
-nothing. All compute in fp32.
+A tile holds whole rows, laid out by groups: [ROWS, GROUPS, MEMBERS], padded to powers of 2. The k best are found one after the other,
+each by a maximum and the first lane that has it, so that the order is that of a stable sort; a choice that is taken becomes -inf, below
+which there is nothing. All compute in fp32.
 """
 
 from __future__ import annotations

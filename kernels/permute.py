@@ -30,7 +30,7 @@ def _experts(ids, first, EXPERTS: tl.constexpr):
 
 @triton.jit
 def _load_experts(ids_ptr, at, count, first, EXPERTS: tl.constexpr):
-    return _experts(tl.load(ids_ptr + at, mask=at < count, other=-1), tl.where(at < count, first, 0), EXPERTS)
+    return tl.where(at < count, _experts(tl.load(ids_ptr + at, mask=at < count, other=0), first, EXPERTS), EXPERTS)
 
 
 @triton.jit
@@ -60,18 +60,20 @@ def _store_groups(
 @triton.jit
 def _copy_row(x_ptr, y_ptr, x_stride, source, target, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """One row, as it is."""
+    x_row = x_ptr + source.to(tl.int64) * x_stride
+    y_row = y_ptr + target.to(tl.int64) * WIDTH
     for column in range(0, WIDTH, BLOCK):
         at = column + tl.arange(0, BLOCK)
         if WIDTH % BLOCK == 0:
-            tl.store(y_ptr + target.to(tl.int64) * WIDTH + at, tl.load(x_ptr + source.to(tl.int64) * x_stride + at))
+            tl.store(y_row + at, tl.load(x_row + at))
         else:
-            x = tl.load(x_ptr + source.to(tl.int64) * x_stride + at, mask=at < WIDTH)
-            tl.store(y_ptr + target.to(tl.int64) * WIDTH + at, x, mask=at < WIDTH)
+            tl.store(y_row + at, tl.load(x_row + at, mask=at < WIDTH), mask=at < WIDTH)
 
 
 @triton.jit
 def _clear_row(y_ptr, y_scales_ptr, source_ptr, target, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ZERO: tl.constexpr):
     """Row `target` has no source: it gets zeros, or stays as it is."""
+    row = target + 0  # in the interpreter a loop's variable is no tensor
     tl.store(source_ptr + target, -1)
     if ZERO:
         if y_scales_ptr is not None:
@@ -79,7 +81,7 @@ def _clear_row(y_ptr, y_scales_ptr, source_ptr, target, WIDTH: tl.constexpr, BLO
         zeros = tl.zeros((BLOCK,), dtype=y_ptr.dtype.element_ty)
         for column in range(0, WIDTH, BLOCK):
             at = column + tl.arange(0, BLOCK)
-            tl.store(y_ptr + target.to(tl.int64) * WIDTH + at, zeros, mask=at < WIDTH)
+            tl.store(y_ptr + row.to(tl.int64) * WIDTH + at, zeros, mask=at < WIDTH)
 
 
 @triton.jit
@@ -116,6 +118,7 @@ def permute_few_kernel(
     at = tl.arange(0, IDS)
     experts = _load_experts(ids_ptr, at, count, first, EXPERTS)
     for i in range(pid, count, programs):
+        row = i // K
         expert = _experts(tl.load(ids_ptr + i), first, EXPERTS)
         rank = tl.sum(((experts == expert) & (at < i)).to(tl.int32), axis=0)
         place = tl.sum((experts < expert).to(tl.int32), axis=0) + rank
@@ -124,8 +127,8 @@ def permute_few_kernel(
         if place >= 0:
             tl.store(source_ptr + place, i)
             if scales_ptr is not None:
-                tl.store(y_scales_ptr + place, tl.load(scales_ptr + i // K))
-            _copy_row(x_ptr, y_ptr, x_stride, i // K, place, WIDTH, BLOCK)
+                tl.store(y_scales_ptr + place, tl.load(scales_ptr + row))
+            _copy_row(x_ptr, y_ptr, x_stride, row, place, WIDTH, BLOCK)
     # The last programs have the fewest ids.
     for group in range(programs - 1 - pid, tl.cdiv(EXPERTS, GROUP), programs):
         expert = group * GROUP + tl.arange(0, GROUP)
@@ -246,7 +249,8 @@ def permute_rows_kernel(
     """Each row of x, read once, to its K places; source [out_rows], the ids that the rows are of."""
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
-    for row in range(pid, rows, programs):
+    for item in range(pid, rows, programs):
+        row = item + 0
         for column in range(0, WIDTH, BLOCK):
             at = column + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + row.to(tl.int64) * x_stride + at, mask=at < WIDTH)
@@ -411,7 +415,7 @@ def expert_counts_launch(ids: int, experts: int, device: Device) -> Launch:
 
 def _id_block(lanes: int, device: Device) -> int:
     """How many ids are compared with `lanes` experts at a time."""
-    return max(8, min(2048 // lanes, 32)) if device.kind == "npu" else max(16, min(8192 // lanes, 128))
+    return max(2, min(2048 // lanes, 32)) if device.kind == "npu" else max(8, min(8192 // lanes, 128))
 
 
 def expert_places_launch(ids: int, experts: int, device: Device, *, by_capacity: bool = False, sums: bool = False) -> Launch:

@@ -13,7 +13,7 @@ from ...ops._common import check_choice, check_rank, check_sizes, check_value
 from .checks import FLOATS, as_rows, check_cores, check_dtypes, check_together, name_of
 from .define import device_for, launch, triton_op
 
-MOST_EXPERTS = 2048
+MOST_EXPERTS = 1024
 MOST_CHOSEN = 32
 
 # -------------------------------------------------------------------- ops
@@ -52,7 +52,7 @@ def moe_gating(
     With `score_first=False` the choice is by `logits + bias`, and the score is taken of the k chosen logits alone.
 
     Args:
-        logits: [rows, E], fp16, bf16 or fp32, E up to 2048; rows may lie apart evenly, what lies otherwise is copied first.
+        logits: [rows, E], fp16, bf16 or fp32, E up to 1024; rows may lie apart evenly, what lies otherwise is copied first.
         k: how many are chosen, up to 32.
         bias: [E], added for the choice only, not to the weights.
         score: `softmax`, `sigmoid` or `sqrt_softplus`.

@@ -12,7 +12,7 @@ from .checks import FLOATS, LIMIT_32, as_rows, check_cores, check_dtypes, check_
 from .define import device_for, launch, triton_op
 
 ROW_DTYPES = (*FLOATS, torch.int8)
-MOST_EXPERTS = 2048
+MOST_EXPERTS = 1024
 MOST_CHOSEN = 32
 
 # -------------------------------------------------------------------- permute
@@ -47,7 +47,7 @@ def moe_permute(
     Args:
         x: [rows, H], fp16, bf16, fp32 or int8; rows may lie apart evenly, what lies otherwise is copied first.
         expert_ids: [rows, k] int32 or int64, k up to 32.
-        num_experts: up to 2048.
+        num_experts: up to 1024.
         scales: [rows] float32, scales of quantised rows, which go with them.
         first_expert: as above.
         out_rows: rows of the result, by default rows * k; with `capacity` they are num_experts * capacity.
@@ -81,13 +81,12 @@ def moe_permute(
             y.zero_()
             y_scales.zero_()
         return results
-    width = max(x.shape[1], 1)
-    device, xs, flat = device_for(x, cores), as_rows(x), expert_ids.reshape(-1)
+    width, device, xs, flat = x.shape[1], device_for(x, cores), as_rows(x), expert_ids.reshape(-1).contiguous()
     sizes = {"first": first_expert, "out_rows": y.shape[0], "capacity": capacity or 0}
     by = {"by_capacity": capacity is not None}
     rows = {
         "x_ptr": xs,
-        "scales_ptr": scales,
+        "scales_ptr": None if scales is None else scales.contiguous(),
         "y_ptr": y,
         "y_scales_ptr": None if scales is None else y_scales,
         "places_ptr": places,
@@ -131,6 +130,7 @@ def _check_permute(
     check_together(op, x=x, expert_ids=expert_ids, scales=scales)
     check_cores(op, cores)
     check_row_length(op, "x", x.shape[1])
+    check_value(op, not statically_known_true(x.shape[1] == 0), "rows of x have no elements")
     check_sizes(op, "expert_ids", expert_ids.shape, (x.shape[0], expert_ids.shape[1]))
     check_value(op, not statically_known_true(expert_ids.shape[1] > MOST_CHOSEN), f"at most {MOST_CHOSEN} ids a row")
     check_value(op, not statically_known_true(expert_ids.numel() >= LIMIT_32), "there are 2^31 ids or more")

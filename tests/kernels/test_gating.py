@@ -217,7 +217,7 @@ def test_the_fake_kernel_predicts_the_result(name: str, device: str) -> None:
     [
         ({"logits": torch.zeros(8)}, ValueError, "logits must have 2 dimensions, not 1"),
         ({"logits": torch.zeros(2, 8, dtype=torch.float64)}, TypeError, "logits must be one of float16, bfloat16, float32"),
-        ({"logits": torch.zeros(2, 4096)}, ValueError, "at most 2048 experts, not 4096"),
+        ({"logits": torch.zeros(2, 4096)}, ValueError, "at most 1024 experts, not 4096"),
         ({"k": 0}, ValueError, "k must be from 1 to 32: 0"),
         ({"k": 9}, ValueError, "k = 9 of 1 groups of 8 experts"),
         ({"k": 5, "groups": 2}, ValueError, "k = 5 of 1 groups of 4 experts"),

@@ -19,7 +19,11 @@ def _shown(plan: dict[str, Any]) -> str:
 
 def _few(rows: int, k: int, experts: int, width: int, x: str, *, scales: str | None = None, groups: str = "*i64", **plan: Any) -> Case:
     types = {
-        **{"x_ptr": x, "y_ptr": x, "scales_ptr": scales, "y_scales_ptr": scales, "groups_ptr": groups},
+        "x_ptr": x,
+        "y_ptr": x,
+        "scales_ptr": scales,
+        "y_scales_ptr": scales,
+        "groups_ptr": groups,
         **dict.fromkeys(("ids_ptr", "places_ptr", "source_ptr"), "*i32"),
         **dict.fromkeys(("count", "first", "x_stride", "out_rows", "capacity"), "i32"),
     }
@@ -43,7 +47,10 @@ def _places(ids: int, experts: int, groups: str = "*i64", **plan: Any) -> Case:
 
 def _rows(rows: int, k: int, experts: int, width: int, x: str, *, scales: str | None = None, **plan: Any) -> Case:
     types = {
-        **{"x_ptr": x, "y_ptr": x, "scales_ptr": scales, "y_scales_ptr": scales},
+        "x_ptr": x,
+        "y_ptr": x,
+        "scales_ptr": scales,
+        "y_scales_ptr": scales,
         **dict.fromkeys(("places_ptr", "ends_ptr", "source_ptr"), "*i32"),
         **dict.fromkeys(("rows", "x_stride", "out_rows", "capacity"), "i32"),
     }
@@ -55,9 +62,14 @@ def _unpermute(
     rows: int, k: int, width: int, x: str, *, bias: bool = False, residuals: int = 0, weights: str = "*fp32", **plan: Any
 ) -> Case:
     types = {
-        **{"x_ptr": x, "y_ptr": x, "weights_ptr": weights, "places_ptr": "*i32"},
-        **{"bias_ptr": x if bias else None, "ids_ptr": "*i32" if bias else None},
-        **{"residual_ptr": x if residuals > 0 else None, "residual2_ptr": x if residuals > 1 else None},
+        "x_ptr": x,
+        "y_ptr": x,
+        "weights_ptr": weights,
+        "places_ptr": "*i32",
+        "bias_ptr": x if bias else None,
+        "ids_ptr": "*i32" if bias else None,
+        "residual_ptr": x if residuals > 0 else None,
+        "residual2_ptr": x if residuals > 1 else None,
         **dict.fromkeys(("rows", "x_stride", "places_stride", "places_step", "weights_stride", "ids_stride"), "i32"),
         **dict.fromkeys(("residual_stride", "residual2_stride"), "i32"),
         "scale": "fp32",
