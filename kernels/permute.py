@@ -34,12 +34,12 @@ def _load_experts(ids_ptr, at, count, first, EXPERTS: tl.constexpr):
 
 
 @triton.jit
-def _limited(place, rank, expert, out_rows, capacity, EXPERTS: tl.constexpr, BY_CAPACITY: tl.constexpr):
-    """A place, -1 where there is none: of the `rank`-th id of an expert, with BY_CAPACITY in a segment of `capacity` rows of its own."""
+def _limited(rank, expert, out_rows, capacity, EXPERTS: tl.constexpr, BY_CAPACITY: tl.constexpr):
+    """The place of the id that is the `rank`-th of all, or with BY_CAPACITY of its expert; -1 where there is none."""
     if BY_CAPACITY:
         place = tl.where(rank < capacity, expert * capacity + rank, -1)
     else:
-        place = tl.where(place < out_rows, place, -1)
+        place = tl.where(rank < out_rows, rank, -1)
     return tl.where(expert < EXPERTS, place, -1)
 
 
@@ -121,8 +121,9 @@ def permute_few_kernel(
         row = i // K
         expert = _experts(tl.load(ids_ptr + i), first, EXPERTS)
         rank = tl.sum(((experts == expert) & (at < i)).to(tl.int32), axis=0)
-        place = tl.sum((experts < expert).to(tl.int32), axis=0) + rank
-        place = _limited(place, rank, expert, out_rows, capacity, EXPERTS, BY_CAPACITY)
+        if not BY_CAPACITY:
+            rank += tl.sum((experts < expert).to(tl.int32), axis=0)
+        place = _limited(rank, expert, out_rows, capacity, EXPERTS, BY_CAPACITY)
         tl.store(places_ptr + i, place)
         if place >= 0:
             tl.store(source_ptr + place, i)
@@ -213,10 +214,11 @@ def expert_places_kernel(
                 others = _load_experts(ids_ptr, at_other, count, first, EXPERTS)
                 same = (experts[:, None] == others[None, :]) & (at_other[None, :] < at[:, None])
                 rank += tl.sum(same.to(tl.int32), axis=1)
+            # Of an expert of its own a segment begins at a known place.
+            base = before if BY_CAPACITY else before + upto - equal
             own = experts[:, None] == lane[None, :]
-            rank += tl.sum(tl.where(own, before[None, :], 0), axis=1)
-            place = rank + tl.sum(tl.where(own, (upto - equal)[None, :], 0), axis=1)
-            place = _limited(place, rank, experts, out_rows, capacity, EXPERTS, BY_CAPACITY)
+            rank += tl.sum(tl.where(own, base[None, :], 0), axis=1)
+            place = _limited(rank, experts, out_rows, capacity, EXPERTS, BY_CAPACITY)
             tl.store(places_ptr + at, place, mask=at < count)
         if chunk == 0:
             _store_groups(groups_ptr, lane, equal, upto, out_rows, capacity, EXPERTS, BY_CAPACITY, SUMS)
@@ -415,7 +417,7 @@ def expert_counts_launch(ids: int, experts: int, device: Device) -> Launch:
 
 def _id_block(lanes: int, device: Device) -> int:
     """How many ids are compared with `lanes` experts at a time."""
-    return max(2, min(2048 // lanes, 32)) if device.kind == "npu" else max(8, min(8192 // lanes, 128))
+    return max(8, min(2048 // lanes, 32)) if device.kind == "npu" else max(8, min(8192 // lanes, 128))
 
 
 def expert_places_launch(ids: int, experts: int, device: Device, *, by_capacity: bool = False, sums: bool = False) -> Launch:

@@ -12,7 +12,7 @@ from .checks import FLOATS, LIMIT_32, as_rows, check_cores, check_dtypes, check_
 from .define import device_for, launch, triton_op
 
 ROW_DTYPES = (*FLOATS, torch.int8)
-MOST_EXPERTS = 1024
+MOST_EXPERTS = 512
 MOST_CHOSEN = 32
 
 # -------------------------------------------------------------------- permute
@@ -47,7 +47,7 @@ def moe_permute(
     Args:
         x: [rows, H], fp16, bf16, fp32 or int8; rows may lie apart evenly, what lies otherwise is copied first.
         expert_ids: [rows, k] int32 or int64, k up to 32.
-        num_experts: up to 1024.
+        num_experts: up to 512.
         scales: [rows] float32, scales of quantised rows, which go with them.
         first_expert: as above.
         out_rows: rows of the result, by default rows * k; with `capacity` they are num_experts * capacity.

@@ -301,7 +301,7 @@ def test_the_fake_kernels_predict_the_results(device: str) -> None:
         ({"expert_ids": torch.zeros(3, 2)}, TypeError, "expert_ids must be int32 or int64"),
         ({"expert_ids": torch.zeros(4, 2, dtype=torch.int32)}, ValueError, r"expert_ids must have shape \[3, 2\], not \[4, 2\]"),
         ({"expert_ids": torch.zeros(3, 33, dtype=torch.int32)}, ValueError, "at most 32 ids a row"),
-        ({"num_experts": 0}, ValueError, "num_experts must be from 1 to 1024: 0"),
+        ({"num_experts": 0}, ValueError, "num_experts must be from 1 to 512: 0"),
         ({"scales": torch.zeros(2)}, ValueError, r"scales must have shape \[3\], not \[2\]"),
         ({"scales": torch.zeros(3).half()}, TypeError, "scales must be one of float32"),
         ({"group_list": "both"}, ValueError, "group_list must be one of 'counts', 'sums'"),
@@ -368,7 +368,7 @@ def test_all_widths(hidden: int, dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("experts", [8, 128, 512, 1024])
+@pytest.mark.parametrize("experts", [8, 128, 512])
 @pytest.mark.parametrize("rows", [4096, 65537])
 def test_many_rows(rows: int, experts: int, device: str) -> None:
     x = torch.randn(rows, 64, device=device)
