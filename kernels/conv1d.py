@@ -9,6 +9,8 @@ place.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -270,7 +272,8 @@ def conv1d_launch(
     step = tokens if one else rows - taps + 2 if varlen else rows
     _, tiles = conv1d_tiles(tokens, sequences, step, varlen=varlen)
     length = taps - 1 if length is None else length
-    constants = {
+    block = min(block, power_of_2(channels))
+    constants: dict[str, Any] = {
         "CHANNELS": channels,
         "TAPS": taps,
         "LENGTH": length,
@@ -285,9 +288,9 @@ def conv1d_launch(
         "PLACES": power_of_2(length),
         "ROWS": rows,
         "STEP": step,
-        "BLOCK": min(block, power_of_2(channels)),
+        "BLOCK": block,
         "ONE_TILE": one,
         "UNROLL": one or device.kind != "npu",
         "BARRIER": device.kind == "cuda",
     }
-    return Launch(conv1d_kernel, vector_grid(tiles * -(-channels // constants["BLOCK"]), device), constants, options)
+    return Launch(conv1d_kernel, vector_grid(tiles * -(-channels // block), device), constants, options)

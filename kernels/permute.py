@@ -73,7 +73,7 @@ def _copy_row(x_ptr, y_ptr, x_stride, source, target, WIDTH: tl.constexpr, BLOCK
 @triton.jit
 def _clear_row(y_ptr, y_scales_ptr, source_ptr, target, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ZERO: tl.constexpr):
     """Row `target` has no source: it gets zeros, or stays as it is."""
-    row = target + 0  # in the interpreter a loop's variable is no tensor
+    row = tl.cast(target, tl.int32)  # in the interpreter a loop's variable is no tensor
     tl.store(source_ptr + target, -1)
     if ZERO:
         if y_scales_ptr is not None:
@@ -252,7 +252,7 @@ def permute_rows_kernel(
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     for item in range(pid, rows, programs):
-        row = item + 0
+        row = tl.cast(item, tl.int32)
         for column in range(0, WIDTH, BLOCK):
             at = column + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + row.to(tl.int64) * x_stride + at, mask=at < WIDTH)

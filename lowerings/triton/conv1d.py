@@ -68,8 +68,8 @@ def causal_conv1d(
 
     Raises:
         TypeError: a dtype does not fit.
-        ValueError: a shape, a choice or a layout does not fit, an argument lacks the one that it belongs to, tensors lie on several devices,
-            or there are 2^31 tokens or more.
+        ValueError: a shape, a choice or a layout does not fit, an argument lacks the one that it belongs to, tensors lie on several
+            devices, or there are 2^31 tokens or more.
     """
     op = "causal_conv1d"
     check_rank(op, 3 if cu_seqlens is None else 2, x=x)
@@ -286,7 +286,7 @@ def _run(
 
 
 def _addressable(x: Tensor, *, dense: bool) -> Tensor:
-    """x, or a copy where neither channels nor tokens lie side by side (`dense`: channels do not), or what is in a tile lies too far apart."""
+    """x, or a copy where neither channels nor tokens (`dense`: channels) lie side by side, or what is in a tile lies too far apart."""
     token, channel = x.stride()[-2:]
     near = max(32 * token, x.shape[-1] * channel) < LIMIT_32
     return x if near and (channel == 1 or (token == 1 and not dense)) else x.contiguous()

@@ -88,7 +88,8 @@ def moe_gating(
         return results
     rows = as_rows(logits)
     plan = kernels.moe_gating_launch(
-        *rows.shape,
+        rows.shape[0],
+        rows.shape[1],
         k,
         device_for(logits, cores),
         score=score,
