@@ -63,6 +63,17 @@ def _first_best(choice, lane):
 
 
 @triton.jit
+def _take_best(choice, score, expert, weights, indices, at_place):
+    """Move the best choice of each row of [ROWS, LANES] to the one place of weights and indices [ROWS, K'] where `at_place` is true."""
+    _best, chosen = _first_best(choice, expert)
+    taken = expert[None, :] == chosen[:, None]
+    value = tl.sum(tl.where(taken, score, 0.0), axis=1)
+    weights = tl.where(at_place[None, :], value[:, None], weights)
+    indices = tl.where(at_place[None, :], chosen[:, None], indices)
+    return tl.where(taken, _NOTHING, choice), weights, indices
+
+
+@triton.jit
 def _best_groups(choice, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BY_TWO: tl.constexpr):
     """Which groups of [ROWS, GROUPS', MEMBERS'] are among the best, as 1.0 and 0.0 [ROWS, GROUPS']; by their best member or best two."""
     ROWS: tl.constexpr = choice.shape[0]
@@ -77,7 +88,7 @@ def _best_groups(choice, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BY_TWO:
     group = tl.arange(0, PADDED)
     value = tl.where((group < GROUPS)[None, :], _sortable(value), _NOTHING)
     among = tl.zeros((ROWS, PADDED), dtype=tl.float32)
-    for _ in tl.static_range(TOP_GROUPS):
+    for _ in range(TOP_GROUPS):
         _best, first_group = _first_best(value, group)
         taken = group[None, :] == first_group[:, None]
         among = tl.where(taken, 1.0, among)
@@ -110,6 +121,7 @@ def moe_gating_kernel(
     GROUP_LANES: tl.constexpr,
     MEMBER_LANES: tl.constexpr,
     K_LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """Weights and indices [rows, K] of the K best of GROUPS * MEMBERS logits, and the scores of all where `scores_ptr` is given.
 
@@ -153,13 +165,12 @@ def moe_gating_kernel(
         if not SCORE_FIRST and SCORE == "softmax":
             weights += _NOTHING
         indices = tl.zeros((ROWS, K_LANES), dtype=tl.int32)
-        for j in tl.static_range(K):
-            _best, chosen = _first_best(choice, expert)
-            taken = expert[None, :] == chosen[:, None]
-            value = tl.sum(tl.where(taken, score, 0.0), axis=1)
-            weights = tl.where((at_k == j)[None, :], value[:, None], weights)
-            indices = tl.where((at_k == j)[None, :], chosen[:, None], indices)
-            choice = tl.where(taken, _NOTHING, choice)
+        if UNROLL:
+            for j in tl.static_range(K):
+                choice, weights, indices = _take_best(choice, score, expert, weights, indices, at_k == j)
+        else:
+            for j in range(K):
+                choice, weights, indices = _take_best(choice, score, expert, weights, indices, at_k == j)
         if not SCORE_FIRST:
             weights = rounded(_score(weights, SCORE), ROUND)
         if RENORMALIZE:
@@ -201,7 +212,7 @@ def moe_gating_launch(
     members = experts // groups
     lanes = power_of_2(groups) * power_of_2(members)
     if device.kind == "npu":
-        tile_rows, options = max(1, min(2048 // lanes, 32)), {}
+        tile_rows, options = max(1, min(1024 // lanes, 32)), {}
     else:  # a warp a row: what it reduces over stays within it
         tile_rows = 1 if rows <= 32 * device.cores else 4
         options = {"num_warps": tile_rows}
@@ -219,5 +230,6 @@ def moe_gating_launch(
         "GROUP_LANES": power_of_2(groups),
         "MEMBER_LANES": power_of_2(members),
         "K_LANES": power_of_2(k),
+        "UNROLL": device.kind != "npu",  # there it makes a long program, and no faster one
     }
     return Launch(moe_gating_kernel, vector_grid(-(-rows // tile_rows), device), constants, options)

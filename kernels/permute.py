@@ -21,6 +21,9 @@ FEW_IDS = 1024
 """Up to so many ids each program looks at them all."""
 
 
+_CLEARED: tl.constexpr = tl.constexpr(256)  # sources that are cleared at a time
+
+
 @triton.jit
 def _experts(ids, first, EXPERTS: tl.constexpr):
     """Ids as numbers from 0 to EXPERTS, which stands for all that have no place."""
@@ -71,17 +74,37 @@ def _copy_row(x_ptr, y_ptr, x_stride, source, target, WIDTH: tl.constexpr, BLOCK
 
 
 @triton.jit
+def _zero_row(y_ptr, target, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.cast(target, tl.int32)  # in the interpreter a loop's variable is no tensor
+    zeros = tl.zeros((BLOCK,), dtype=y_ptr.dtype.element_ty)
+    for column in range(0, WIDTH, BLOCK):
+        at = column + tl.arange(0, BLOCK)
+        tl.store(y_ptr + row.to(tl.int64) * WIDTH + at, zeros, mask=at < WIDTH)
+
+
+@triton.jit
 def _clear_row(y_ptr, y_scales_ptr, source_ptr, target, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ZERO: tl.constexpr):
     """Row `target` has no source: it gets zeros, or stays as it is."""
-    row = tl.cast(target, tl.int32)  # in the interpreter a loop's variable is no tensor
     tl.store(source_ptr + target, -1)
     if ZERO:
         if y_scales_ptr is not None:
             tl.store(y_scales_ptr + target, 0.0)
-        zeros = tl.zeros((BLOCK,), dtype=y_ptr.dtype.element_ty)
-        for column in range(0, WIDTH, BLOCK):
-            at = column + tl.arange(0, BLOCK)
-            tl.store(y_ptr + row.to(tl.int64) * WIDTH + at, zeros, mask=at < WIDTH)
+        _zero_row(y_ptr, target, WIDTH, BLOCK)
+
+
+@triton.jit
+def _clear_rows_from(filled, y_ptr, y_scales_ptr, source_ptr, out_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ZERO: tl.constexpr):
+    """Rows from `filled` on have no source, as in `_clear_row`; all programs share them."""
+    pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    for start in range(filled + pid * _CLEARED, out_rows, programs * _CLEARED):
+        at = start + tl.arange(0, _CLEARED)
+        tl.store(source_ptr + at, tl.full((_CLEARED,), -1, tl.int32), mask=at < out_rows)
+        if ZERO and y_scales_ptr is not None:
+            tl.store(y_scales_ptr + at, tl.zeros((_CLEARED,), tl.float32), mask=at < out_rows)
+    if ZERO:
+        for target in range(filled + pid, out_rows, programs):
+            _zero_row(y_ptr, target, WIDTH, BLOCK)
 
 
 @triton.jit
@@ -143,8 +166,7 @@ def permute_few_kernel(
                 _clear_row(y_ptr, y_scales_ptr, source_ptr, target, WIDTH, BLOCK, ZERO)
     else:
         filled = tl.sum((experts < EXPERTS).to(tl.int32), axis=0)
-        for target in range(filled + pid, out_rows, programs):
-            _clear_row(y_ptr, y_scales_ptr, source_ptr, target, WIDTH, BLOCK, ZERO)
+        _clear_rows_from(filled, y_ptr, y_scales_ptr, source_ptr, out_rows, WIDTH, BLOCK, ZERO)
 
 
 @triton.jit
@@ -271,8 +293,7 @@ def permute_rows_kernel(
             if target >= tl.load(ends_ptr + target // capacity):
                 _clear_row(y_ptr, y_scales_ptr, source_ptr, target, WIDTH, BLOCK, ZERO)
     else:
-        for target in range(tl.load(ends_ptr + EXPERTS - 1) + pid, out_rows, programs):
-            _clear_row(y_ptr, y_scales_ptr, source_ptr, target, WIDTH, BLOCK, ZERO)
+        _clear_rows_from(tl.load(ends_ptr + EXPERTS - 1), y_ptr, y_scales_ptr, source_ptr, out_rows, WIDTH, BLOCK, ZERO)
 
 
 @triton.jit

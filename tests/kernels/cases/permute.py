@@ -55,7 +55,8 @@ def _rows(rows: int, k: int, experts: int, width: int, x: str, *, scales: str | 
         **dict.fromkeys(("rows", "x_stride", "out_rows", "capacity"), "i32"),
     }
     launch = permute.permute_rows_launch(rows, k, experts, width, A2, size=SIZES[x], **plan)
-    return Case(f"permute_rows {x[1:]} [{rows}, {width}] {k} of {experts}{_shown(plan)}", launch, types)
+    name = f"permute_rows {x[1:]} [{rows}, {width}] {k} of {experts}{_shown(plan)}"
+    return Case(name, launch, types, (k,), "where each of a row's ids went, beside copies of the row")
 
 
 def _unpermute(
