@@ -214,7 +214,7 @@ def moe_gating_launch(
     if device.kind == "npu":
         tile_rows, options = max(1, min(1024 // lanes, 32)), {}
     else:  # a warp a row: what it reduces over stays within it
-        tile_rows = 1 if rows <= 32 * device.cores else 4
+        tile_rows = 1 if device.kind == "cuda" and rows <= 32 * device.cores else 4
         options = {"num_warps": tile_rows}
     constants = {
         "GROUPS": groups,

@@ -163,7 +163,7 @@ def test_excluded_experts_count_as_asked(device: str) -> None:
     assert moe_gating(logits, 2, excluded=0.0, **options)[1].tolist() == [[0, 2]]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_rows_that_are_not_numbers_stay_in_range_and_by_themselves(name: str, bad: float, device: str) -> None:
     torch.manual_seed(1)
@@ -206,10 +206,10 @@ def test_calls_are_bit_identical(device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v2"])
 def test_the_fake_kernel_predicts_the_result(name: str, device: str) -> None:
     experts, k, options = _arguments(name, device)
-    check_op(moe_gating, torch.randn(5, experts, device=device), k, **options, return_scores=True, cores=CORES)
+    check_op(moe_gating, torch.randn(3, experts, device=device), k, **options, return_scores=True, cores=CORES)
 
 
 @pytest.mark.parametrize(

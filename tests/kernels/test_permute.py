@@ -165,9 +165,8 @@ def test_a_row_longer_than_a_block(device: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_strided_rows(device: str) -> None:
     wide, ids = torch.randn(6, 40, device=device), _ids(6, 4, 5, device)
-    for x in (wide[:, 3:23], wide[::2, 3:23].repeat_interleave(2, 0)[:6], wide.t()[:6, :], wide[:, ::2]):
-        _check(x, ids[:, ::2], 5)
-        _check(x, ids.t().contiguous().t(), 5)
+    for x, some in ((wide[:, 3:23], ids[:, ::2]), (wide.t()[:6, :], ids.t().contiguous().t()[:, :2]), (wide[:, ::2], ids[:, 1:3])):
+        _check(x, some, 5)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
@@ -285,11 +284,11 @@ def test_there_and_back_is_the_identity(device: str) -> None:
 
 
 def test_the_fake_kernels_predict_the_results(device: str) -> None:
-    x, ids = torch.randn(5, 8, device=device), _ids(5, 2, 3, device)
-    check_op(moe_permute, x, ids, 3, scales=torch.rand(5, device=device), group_dtype=torch.int32, cores=CORES)
-    check_op(moe_permute, x, ids, 3, capacity=2, cores=CORES)
-    places = torch.tensor([[0, 1], [2, -1], [4, 3]], dtype=torch.int32, device=device)
-    check_op(moe_unpermute, x, places, torch.rand(3, 2, device=device), residual=x[:3].clone(), out_dtype=torch.float16, cores=CORES)
+    x, ids = torch.randn(3, 8, device=device), _ids(3, 2, 3, device)
+    check_op(moe_permute, x, ids, 3, scales=torch.rand(3, device=device), group_dtype=torch.int32, cores=CORES)
+    check_op(moe_permute, x[:2], ids[:2], 3, capacity=1, cores=CORES)
+    places = torch.tensor([[0, 1], [2, -1]], dtype=torch.int32, device=device)
+    check_op(moe_unpermute, x, places, torch.rand(2, 2, device=device), residual=x[:2].clone(), out_dtype=torch.float16, cores=CORES)
 
 
 @pytest.mark.parametrize(
