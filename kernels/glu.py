@@ -109,5 +109,5 @@ def glu_launch(
 
 
 def tile_elements(rows: int, width: int, device: Device, *, most: int) -> int:
-    """Elements of a tile, a power of 2: `most` where there is work for every core, less where there is not, down to what is worth moving."""
+    """Elements of a tile, a power of 2: `most` where that leaves work for every core, else less, down to what is worth moving."""
     return min(most, max(1024 if device.kind == "npu" else 256, power_of_2(rows * width // (4 * device.cores))))
