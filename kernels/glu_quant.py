@@ -27,6 +27,11 @@ _LEAST: tl.constexpr = tl.constexpr(1e-35)  # of a smaller magnitude the inverse
 
 
 @triton.jit
+def _row(ptr, row, stride):
+    return ptr + tl.cast(row, tl.int64) * stride
+
+
+@triton.jit
 def _in_width(column, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     return column + tl.arange(0, BLOCK) < WIDTH
 
@@ -140,7 +145,7 @@ def _token_scale(ptr, row):
     """The scale of a row, 1 without any."""
     scale = 1.0
     if ptr is not None:
-        scale = tl.load(ptr + row)
+        scale = tl.load(ptr + row).to(tl.float32)
     return scale
 
 
@@ -281,7 +286,8 @@ def _quantise_row(
 @triton.jit
 def _inverse(largest):
     """What a row is multiplied by: 127 over its largest magnitude, 0 for a row that is as good as zero."""
-    return tl.where(largest > _LEAST, 127.0 / largest, 0.0)
+    some = largest > _LEAST
+    return tl.where(some, 127.0 / tl.where(some, largest, 1.0), 0.0)
 
 
 @triton.jit
@@ -328,10 +334,10 @@ def glu_quant_kernel(
         group = 0
         if GROUPS > 0:
             group = tl.sum((ends <= row).to(tl.int32), axis=0)
-        q = q_ptr + row.to(tl.int64) * WIDTH
+        q = _row(q_ptr, row, WIDTH)
         if group < LAST:
-            gate = gate_ptr + row.to(tl.int64) * gate_stride
-            up = up_ptr + row.to(tl.int64) * up_stride
+            gate = _row(gate_ptr, row, gate_stride)
+            up = _row(up_ptr, row, up_stride)
             weight, bias, smooth = weight_scale_ptr, bias_ptr, smooth_ptr
             if weight is not None:
                 weight += group * weight_stride
@@ -418,10 +424,10 @@ def glu_static_quant_kernel(
         group = 0
         if GROUPS > 0:
             group = tl.sum((ends <= row).to(tl.int32), axis=0)
-        q = q_ptr + row.to(tl.int64) * WIDTH
+        q = _row(q_ptr, row, WIDTH)
         if group < LAST:
-            gate = gate_ptr + row.to(tl.int64) * gate_stride
-            up = up_ptr + row.to(tl.int64) * up_stride
+            gate = _row(gate_ptr, row, gate_stride)
+            up = _row(up_ptr, row, up_stride)
             weight, bias = weight_scale_ptr, bias_ptr
             if weight is not None:
                 weight += group * weight_stride
@@ -503,6 +509,9 @@ def glu_quant_launch(
     return Launch(glu_quant_kernel, vector_grid(rows, device), {"WIDTH": width, "HEAD": head, "TAIL": tail, **form}, options)
 
 
+_MOST_HELD = 32768  # columns that a multiprocessor's registers hold
+
+
 def _room(layout: str, activation: str, limited: bool, dequant: bool) -> int:
     """Elements that an NPU's core has room for beside what quantising keeps."""
     return max(512, unit_elements(layout, activation, limited) >> (1 + dequant))
@@ -513,20 +522,16 @@ def _held(rows: int, width: int, device: Device, room: int) -> tuple[int, int, d
 
     Two blocks waste less of a core than one: 18432 columns are 16384 and 2048, not 32768.
     """
-    if device.kind == "npu":
-        block = power_of_2(width)
-        return (block if block <= room else dividing_block(width, room // 2, room // 2)), 0, {}
-    if width > _MOST_HELD:
-        return dividing_block(width, 4096, 16384), 0, {"num_warps": 32}
+    if width > (room if device.kind == "npu" else _MOST_HELD):
+        most, options = (room // 2, {}) if device.kind == "npu" else (16384, {"num_warps": 32})
+        return dividing_block(width, min(1024, most), most), 0, options
     head = power_of_2(width) // 2
     tail = power_of_2(width - head) if width > head else 0
     if width <= 256 or tail == head:
         head, tail = power_of_2(width), 0
     share = 256 if rows < device.cores else 512  # elements of a warp: where cores are idle, more warps wait less
-    return head, tail, {"num_warps": min(power_of_2((head + tail) // share + 1) // 2 or 1, 32)}
-
-
-_MOST_HELD = 32768  # columns that a multiprocessor's registers hold
+    warps = min(power_of_2((head + tail) // share + 1) // 2 or 1, 32)
+    return head, tail, {} if device.kind == "npu" else {"num_warps": warps}
 
 
 def glu_static_quant_launch(

@@ -39,7 +39,9 @@ def _dynamic(
     return _case(name, launch, dtype, vectors=vectors, clamped=clamped, groups=groups, dequant=dequant)
 
 
-def _static(rows: int, width: int, dtype: str, *, offset: bool = False, bias: str | None = None, clamped: bool = False, **plan: Any) -> Case:
+def _static(
+    rows: int, width: int, dtype: str, *, offset: bool = False, bias: str | None = None, clamped: bool = False, **plan: Any
+) -> Case:
     launch = glu_quant.glu_static_quant_launch(rows, width, A2, limited=clamped, **plan)
     vectors = {"bias_ptr": bias, "scale_ptr": "*fp32", "offset_ptr": "*fp32" if offset else None}
     name = _name("glu_static_quant", dtype, rows, width, plan, offset and "offset", bias and f"bias {bias}", clamped and "clamped")
