@@ -169,7 +169,10 @@ def _glu(b: Builder, a: Arguments, cores: int) -> Node:
         b.require(node is None or b.val(node).dim() > 0, f"{name} has no dimension")
         known = node is None or isinstance(b.val(node).shape[-1], int)
         b.require(known, f"the last dimension of {name} is symbolic: a kernel is compiled for its size")
+    rounds: torch.dtype | None = a.round_dtype
+    rounds = rounds if b.config.rounding == "exact" else None
+    for name, dtype in (("round_dtype", rounds), ("out_dtype", a.out_dtype)):
+        b.require(dtype is None or dtype in FLOATS, f"{name} is {dtype}")
     form: dict[str, Any] = {"activation": a.activation, "layout": a.layout, "alpha": a.alpha}
     limits = {"gate_limit": a.gate_limit, "up_limit": a.up_limit, "up_offset": a.up_offset}
-    rounds = a.round_dtype if b.config.rounding == "exact" else None
     return b.emit(glu.overload, a.gate, a.up, **form, **limits, round_dtype=rounds, out_dtype=a.out_dtype, cores=cores)
