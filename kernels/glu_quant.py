@@ -1,11 +1,7 @@
 """Gated linear units quantised to int8, over the last dimension of [rows, width], also of the int32 sums of an int8 matrix product.
 
-A row's values are `unit(gate, up)` (kernels/glu.py) of what is read: of numbers as they are, or of int32 sums by
-
-    x = (sum + int bias) * scale of the column * scale of the row + float bias
-
-Rows may be in groups (of experts), each with vectors of its own: group i has the rows from the end of group i - 1 on. A row beyond the last
-group is not computed: its results are 0. One row is in one dimension: tiles of int8 with few rows take much of an NPU's memory.
+What a row's values are, and which group it is of, says kernels/glu_rows.py. A row beyond the last group is not computed: its results are 0.
+One row is in one dimension: tiles of int8 with few rows take much of an NPU's memory.
 """
 
 from __future__ import annotations
@@ -15,138 +11,13 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .glu import tile_elements, unit, unit_elements
+from .glu import tile_elements, unit_elements
+from .glu_rows import group_ends, load, row_at, store_int8, token_scale_of, values
 from .launch import Device, Launch, dividing_block, power_of_2, vector_grid
-from .numeric import dtype_of, rounded, to_nearest
+from .numeric import dtype_of, to_nearest
 
 _INFINITY: tl.constexpr = tl.constexpr(float("inf"))
 _LEAST: tl.constexpr = tl.constexpr(1e-35)  # of a smaller magnitude the inverse would not be finite
-
-
-# -------------------------------------------------------------------- rows
-
-
-@triton.jit
-def _row(ptr, row, stride):
-    return ptr + tl.cast(row, tl.int64) * stride
-
-
-@triton.jit
-def _in_width(column, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    return column + tl.arange(0, BLOCK) < WIDTH
-
-
-@triton.jit
-def _load(ptr, column, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[BLOCK] elements of a row from `column`, zeros beyond its end."""
-    at = ptr + column + tl.arange(0, BLOCK)
-    if WIDTH % BLOCK == 0:
-        x = tl.load(at)
-    else:
-        x = tl.load(at, mask=_in_width(column, WIDTH, BLOCK), other=0)
-    return x
-
-
-@triton.jit
-def _load_pair(gate_ptr, up_ptr, column, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LAYOUT: tl.constexpr):
-    """[BLOCK] elements of gate and up from `column`, in the layout of kernels/glu.py."""
-    if LAYOUT == "interleaved":
-        gate, up = tl.split(tl.reshape(_load(gate_ptr, 2 * column, 2 * WIDTH, 2 * BLOCK), (BLOCK, 2)))
-    elif LAYOUT == "swapped":
-        gate = _load(gate_ptr + WIDTH, column, WIDTH, BLOCK)
-        up = _load(up_ptr, column, WIDTH, BLOCK)
-    elif LAYOUT == "halves":
-        gate = _load(gate_ptr, column, WIDTH, BLOCK)
-        up = _load(up_ptr + WIDTH, column, WIDTH, BLOCK)
-    else:
-        gate = _load(gate_ptr, column, WIDTH, BLOCK)
-        up = _load(up_ptr, column, WIDTH, BLOCK)
-    return gate, up
-
-
-@triton.jit
-def _values(
-    gate_ptr,
-    up_ptr,
-    weight_scale_ptr,
-    bias_ptr,
-    smooth_ptr,
-    token_scale,
-    alpha,
-    gate_limit,
-    up_limit,
-    up_offset,
-    column,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    DEQUANT: tl.constexpr,
-    ROUND: tl.constexpr,
-    PRODUCT: tl.constexpr,
-):
-    """[BLOCK] values from `column` of the row at the pointers: the unit, rounded to PRODUCT, times smooth; 0 beyond the row's end.
-
-    Where `weight_scale_ptr` is one, the row holds int32 sums, and x is rounded to DEQUANT.
-    """
-    gate, up = _load_pair(gate_ptr, up_ptr, column, WIDTH, BLOCK, LAYOUT)
-    if weight_scale_ptr is not None:
-        if bias_ptr is not None:
-            gate_bias, up_bias = _load_pair(bias_ptr, bias_ptr, column, WIDTH, BLOCK, LAYOUT)
-            if bias_ptr.dtype.element_ty == tl.int32:
-                gate += gate_bias
-                up += up_bias
-        gate_scale, up_scale = _load_pair(weight_scale_ptr, weight_scale_ptr, column, WIDTH, BLOCK, LAYOUT)
-        gate = gate.to(tl.float32) * gate_scale.to(tl.float32) * token_scale
-        up = up.to(tl.float32) * up_scale.to(tl.float32) * token_scale
-        if bias_ptr is not None:
-            if bias_ptr.dtype.element_ty != tl.int32:
-                gate += gate_bias.to(tl.float32)
-                up += up_bias.to(tl.float32)
-        gate = rounded(gate, DEQUANT)
-        up = rounded(up, DEQUANT)
-    y = unit(gate.to(tl.float32), up.to(tl.float32), alpha, gate_limit, up_limit, up_offset, ACTIVATION, ROUND)
-    y = rounded(y, PRODUCT)
-    if smooth_ptr is not None:
-        y *= _load(smooth_ptr, column, WIDTH, BLOCK).to(tl.float32)
-    if WIDTH % BLOCK != 0:
-        y = tl.where(_in_width(column, WIDTH, BLOCK), y, 0.0)
-    return y
-
-
-@triton.jit
-def _store(ptr, q, column, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Store whole numbers in [-128, 127] as int8; a NaN is 0."""
-    at = ptr + column + tl.arange(0, BLOCK)
-    q = tl.where(q == q, q, 0.0).to(tl.int8)
-    if WIDTH % BLOCK == 0:
-        tl.store(at, q)
-    else:
-        tl.store(at, q, mask=_in_width(column, WIDTH, BLOCK))
-
-
-# -------------------------------------------------------------------- groups
-
-
-@triton.jit
-def _group_ends(group_ptr, GROUPS: tl.constexpr, COUNTS: tl.constexpr):
-    """The rows at which the groups end, of their ends or their COUNTS; what pads them puts no row into a group."""
-    SIZE: tl.constexpr = triton.next_power_of_2(GROUPS)
-    at = tl.arange(0, SIZE)
-    if COUNTS:
-        ends = tl.cumsum(tl.load(group_ptr + at, mask=at < GROUPS, other=0).to(tl.int32), axis=0)
-    else:
-        ends = tl.load(group_ptr + at, mask=at < GROUPS, other=2147483647).to(tl.int32)
-    return ends
-
-
-@triton.jit
-def _token_scale(ptr, row):
-    """The scale of a row, 1 without any."""
-    scale = 1.0
-    if ptr is not None:
-        scale = tl.load(ptr + row).to(tl.float32)
-    return scale
 
 
 # -------------------------------------------------------------------- by the largest magnitude of a row
@@ -184,7 +55,7 @@ def _quantise_row(
 ):
     """Quantise the row at the pointers: held in two blocks, the second of which may be none, or walked twice."""
     if HEAD + TAIL >= WIDTH:
-        head = _values(
+        head = values(
             gate,
             up,
             weight,
@@ -205,7 +76,7 @@ def _quantise_row(
             PRODUCT,
         )
         if TAIL > 0:
-            tail = _values(
+            tail = values(
                 gate,
                 up,
                 weight,
@@ -229,13 +100,13 @@ def _quantise_row(
         if TAIL > 0:
             largest = tl.maximum(largest, tl.max(_magnitude(tail), axis=0))
         inverse = _inverse(largest)
-        _store(q, to_nearest(head * inverse), 0, WIDTH, HEAD)
+        store_int8(q, to_nearest(head * inverse), 0, WIDTH, HEAD)
         if TAIL > 0:
-            _store(q, to_nearest(tail * inverse), HEAD, WIDTH, TAIL)
+            store_int8(q, to_nearest(tail * inverse), HEAD, WIDTH, TAIL)
     else:
         sizes = tl.zeros((HEAD,), dtype=tl.float32)
         for column in range(0, WIDTH, HEAD):
-            y = _values(
+            y = values(
                 gate,
                 up,
                 weight,
@@ -259,7 +130,7 @@ def _quantise_row(
         largest = tl.max(sizes, axis=0)
         inverse = _inverse(largest)
         for column in range(0, WIDTH, HEAD):
-            y = _values(
+            y = values(
                 gate,
                 up,
                 weight,
@@ -279,7 +150,7 @@ def _quantise_row(
                 ROUND,
                 PRODUCT,
             )
-            _store(q, to_nearest(y * inverse), column, WIDTH, HEAD)
+            store_int8(q, to_nearest(y * inverse), column, WIDTH, HEAD)
     tl.store(scale_ptr, largest / 127.0)
 
 
@@ -329,15 +200,15 @@ def glu_quant_kernel(
     """
     LAST: tl.constexpr = GROUPS if GROUPS > 0 else 1
     if GROUPS > 0:
-        ends = _group_ends(group_ptr, GROUPS, COUNTS)
+        ends = group_ends(group_ptr, GROUPS, COUNTS)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         group = 0
         if GROUPS > 0:
             group = tl.sum((ends <= row).to(tl.int32), axis=0)
-        q = _row(q_ptr, row, WIDTH)
+        q = row_at(q_ptr, row, WIDTH)
         if group < LAST:
-            gate = _row(gate_ptr, row, gate_stride)
-            up = _row(up_ptr, row, up_stride)
+            gate = row_at(gate_ptr, row, gate_stride)
+            up = row_at(up_ptr, row, up_stride)
             weight, bias, smooth = weight_scale_ptr, bias_ptr, smooth_ptr
             if weight is not None:
                 weight += group * weight_stride
@@ -345,7 +216,7 @@ def glu_quant_kernel(
                 bias += group * bias_stride
             if smooth is not None:
                 smooth += group * smooth_stride
-            token_scale = _token_scale(token_scale_ptr, row)
+            token_scale = token_scale_of(token_scale_ptr, row)
             _quantise_row(
                 gate,
                 up,
@@ -370,7 +241,7 @@ def glu_quant_kernel(
             )
         else:
             for column in range(0, WIDTH, HEAD):
-                _store(q, tl.zeros((HEAD,), dtype=tl.float32), column, WIDTH, HEAD)
+                store_int8(q, tl.zeros((HEAD,), dtype=tl.float32), column, WIDTH, HEAD)
             tl.store(scale_ptr + row, 0.0)
 
 
@@ -417,24 +288,24 @@ def glu_static_quant_kernel(
     COLUMNS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     LAST: tl.constexpr = GROUPS if GROUPS > 0 else 1
     if GROUPS > 0:
-        ends = _group_ends(group_ptr, GROUPS, COUNTS)
+        ends = group_ends(group_ptr, GROUPS, COUNTS)
     for block in range(tl.program_id(0), rows * COLUMNS, tl.num_programs(0)):
         row = block // COLUMNS
         column = (block % COLUMNS) * BLOCK
         group = 0
         if GROUPS > 0:
             group = tl.sum((ends <= row).to(tl.int32), axis=0)
-        q = _row(q_ptr, row, WIDTH)
+        q = row_at(q_ptr, row, WIDTH)
         if group < LAST:
-            gate = _row(gate_ptr, row, gate_stride)
-            up = _row(up_ptr, row, up_stride)
+            gate = row_at(gate_ptr, row, gate_stride)
+            up = row_at(up_ptr, row, up_stride)
             weight, bias = weight_scale_ptr, bias_ptr
             if weight is not None:
                 weight += group * weight_stride
             if bias is not None:
                 bias += group * bias_stride
-            token_scale = _token_scale(token_scale_ptr, row)
-            y = _values(
+            token_scale = token_scale_of(token_scale_ptr, row)
+            y = values(
                 gate,
                 up,
                 weight,
@@ -462,16 +333,16 @@ def glu_static_quant_kernel(
             if offset_ptr is not None:
                 y += _load_scale(offset_ptr + group * scale_stride, column, WIDTH, BLOCK, CHANNELS)
             y = tl.where(y > 127.0, 127.0, tl.where(y < -128.0, -128.0, y))
-            _store(q, to_nearest(y), column, WIDTH, BLOCK)
+            store_int8(q, to_nearest(y), column, WIDTH, BLOCK)
         else:
-            _store(q, tl.zeros((BLOCK,), dtype=tl.float32), column, WIDTH, BLOCK)
+            store_int8(q, tl.zeros((BLOCK,), dtype=tl.float32), column, WIDTH, BLOCK)
 
 
 @triton.jit
 def _load_scale(ptr, column, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr):
     """The [BLOCK] numbers of the columns, or the one of all, in fp32."""
     if CHANNELS:
-        scale = _load(ptr, column, WIDTH, BLOCK)
+        scale = load(ptr, column, WIDTH, BLOCK)
     else:
         scale = tl.load(ptr)
     return scale.to(tl.float32)

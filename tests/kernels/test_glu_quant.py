@@ -21,7 +21,7 @@ from tests.ops.checks import check_op
 CORES = 2
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CLAMPED: dict[str, Any] = {"gate_limit": 1.0, "up_limit": 0.7, "up_offset": 1.0}
-SLACK = 1e-4  # of a step: what fp32 may move a value that lies between two steps
+SLACK = 1e-3  # of a step: what fp32 may move a value that lies between two steps
 
 
 def check_quantised(q: Tensor, scale: Tensor, y: Tensor) -> None:
@@ -39,7 +39,7 @@ def check_quantised(q: Tensor, scale: Tensor, y: Tensor) -> None:
 def check_static(q: Tensor, expected: Tensor) -> None:
     """q is the float64 value to the nearest, within the range of int8."""
     assert (q.dtype, q.shape, q.is_contiguous()) == (torch.int8, expected.shape, True)
-    assert ((q - expected.clamp(-128, 127)).abs() <= 0.5 + 100 * SLACK).all()
+    assert ((q - expected.clamp(-128, 127)).abs() <= 0.5 + SLACK).all()
 
 
 def check(gate: Tensor, up: Tensor | None, *, smooth: Tensor | None = None, **arguments: Any) -> None:
@@ -66,9 +66,9 @@ def test_layouts_of_a_merged_tensor(layout: str, dtype: torch.dtype, device: str
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "sigmoid", "identity"])
 def test_two_tensors(activation: str, device: str) -> None:
-    """With an offset, so that what pads a row would be seen if it counted."""
+    """With an offset that up takes back, so that what pads a row would be seen if it counted."""
     gate, up = 0.01 * torch.randn(2, 2, 3, 37, device=device)
-    check(gate, up, activation=activation, up_offset=0.001)
+    check(gate, up - 1, activation=activation, up_offset=1.0)
 
 
 def test_limits_slope_and_offset(device: str) -> None:
