@@ -1,11 +1,12 @@
-"""Linear layers with 4-bit weights and 16-bit activations: y = x W + bias with W[k, n] = (q[k, n] - zero[g, n]) * scale[g, n], g = k // group.
+"""Linear layers with 4-bit weights and 16-bit activations: y = x W + bias, W[k, n] = (q[k, n] - zero[g, n]) * scale[g, n], g = k // group.
 
-**Layout.** q is 0 to 15, eight to a word: int32 [K / 8, N]. Inputs come in blocks of 8 * P, P = min(group, 128) / 8; nibble i of row b * P + j
-holds input b * 8 P + i * P + j. A tile of words so yields eight tiles of weights, each of inputs that lie side by side, all of one group, and
-no weight has to change places, in registers or in memory. `awq_repack_kernel` makes it of AWQ's layout, once.
+**Layout.** q is 0 to 15, eight to a word: int32 [K / 8, N]. Inputs come in blocks of 8 * P, P = min(group, 128) / 8; nibble i of row
+b * P + j holds input b * 8 P + i * P + j. A tile of words so yields eight tiles of weights, each of inputs that lie side by side, all of
+one group, and no weight has to change places, in registers or in memory. `awq_repack_kernel` makes it of AWQ's layout, once.
 
-**Few rows** (`w4a16_gemv_kernel`). Vectors only, fp32. A program owns some columns and walks all their inputs, the rows of x side by side, so
-that weights are read once, in one launch, and the sums have one order. Its threads keep a sum for each word of the tile; they meet at the end.
+**Few rows** (`w4a16_gemv_kernel`). Vectors only, fp32. A program owns some columns and walks all their inputs, the rows of x side by side,
+so that weights are read once, in one launch, and the sums have one order. Its threads keep a sum for each word of the tile; they meet at
+the end.
 
 **More rows** (`w4a16_gemm_kernel`). A block's weights are made in registers, rounded to the type of x, and multiplied by `tl.dot`.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import Device, Launch, cube_grid, power_of_2, vector_grid
+from .launch import Device, Launch, cube_grid, power_of_2, product_columns, vector_grid
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Nibble i of a word of AWQ holds column AWQ_ORDER[i] of eight."""
@@ -35,10 +36,9 @@ def plane_rows(inputs: int, group: int) -> int:
 
 
 @triton.jit
-def _centred_nibble(words, i: tl.constexpr):
-    """(nibble i - 8) * 16^(i % 5) as fp32, in two operations: the bits of the nibble become a fraction's, and 2^23 is taken off again."""
-    bits = ((words >> (20 * (i // 5))) & (15 << (4 * (i % 5)))) | 0x4B000000
-    return bits.to(tl.float32, bitcast=True) - (8388608.0 + 8.0 * 16.0 ** (i % 5))
+def _nibble_in_place(words, i: tl.constexpr):
+    """nibble i * 16^(i % 5) as fp32: five of a word's nibbles need no shift."""
+    return ((words >> (20 * (i // 5))) & (15 << (4 * (i % 5)))).to(tl.float32)
 
 
 @triton.jit
@@ -67,17 +67,18 @@ def _row_sums(
     WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """x W for `rows` (at most TOKENS) rows of x and BLOCK columns: [TOKENS, BLOCK] fp32. Steps over WORDS rows of words at a time."""
-    r = tl.arange(0, WORDS)[:, None]
-    n = column + tl.arange(0, BLOCK)[None, :]
     m = tl.arange(0, TOKENS)[:, None, None]
+    r = tl.arange(0, WORDS)[None, :, None]
+    n = column + tl.arange(0, BLOCK)[None, None, :]
     if WORDS > PLANE:
         k = (r // PLANE) * (8 * PLANE) + r % PLANE
     else:
         k = r
     sums = tl.zeros((TOKENS, WORDS, BLOCK), dtype=tl.float32)
-    for row in range(0, INPUTS // 8, WORDS):
+    for row in tl.range(0, INPUTS // 8, WORDS, num_stages=STAGES):
         at = row * OUTPUTS + r * OUTPUTS + n
         if OUTPUTS % BLOCK == 0:
             words = tl.load(words_ptr + at)
@@ -86,20 +87,22 @@ def _row_sums(
         part = tl.zeros((TOKENS, WORDS, BLOCK), dtype=tl.float32)
         x_sum = tl.zeros((TOKENS, WORDS, 1), dtype=tl.float32)
         for i in tl.static_range(8):
-            at_x = x_ptr + row * 8 + i * PLANE + m * x_stride + k[None, :, :]
+            at_x = x_ptr + row * 8 + i * PLANE + m * x_stride + k
             if TOKENS == 1:
                 x = tl.load(at_x).to(tl.float32)
             else:
                 x = tl.load(at_x, mask=m < rows, other=0.0).to(tl.float32)
-            part += x * 0.0625 ** (i % 5) * _centred_nibble(words, i)[None, :, :]
+            part += x * 0.0625 ** (i % 5) * _nibble_in_place(words, i)
             x_sum += x
         if GROUP >= 8 * WORDS:
             scale_at = (row * 8 // GROUP) * OUTPUTS + n
         else:
             scale_at = (row * 8 // GROUP) * OUTPUTS + (r * 8 // GROUP) * OUTPUTS + n
         if zeros_ptr is not None:
-            part -= x_sum * (_load_columns(zeros_ptr, scale_at, n, OUTPUTS, BLOCK) - 8.0)[None, :, :]
-        sums += part * _load_columns(scales_ptr, scale_at, n, OUTPUTS, BLOCK)[None, :, :]
+            part -= x_sum * _load_columns(zeros_ptr, scale_at, n, OUTPUTS, BLOCK)
+        else:
+            part -= x_sum * 8.0
+        sums += part * _load_columns(scales_ptr, scale_at, n, OUTPUTS, BLOCK)
     return tl.sum(sums, axis=1)
 
 
@@ -123,16 +126,19 @@ def w4a16_gemv_kernel(
     WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """y[row] = x[row // slots] W + bias, contiguous [rows, OUTPUTS]; with ids (TOKENS = 1) by the weights of expert ids[row], and 0 where there is
-    no such expert. Without them `slots` is 1."""
+    """y[row] = x[row // slots] W + bias, contiguous [rows, OUTPUTS].
+
+    With ids (TOKENS = 1) by the weights of expert ids[row], and 0 where there is no such expert; without them `slots` is 1.
+    """
     columns: tl.constexpr = (OUTPUTS + BLOCK - 1) // BLOCK
     for tile in range(tl.program_id(0), tl.cdiv(rows, TOKENS) * columns, tl.num_programs(0)):
         row = (tile // columns) * TOKENS
         column = (tile % columns) * BLOCK
         expert = 0
         if ids_ptr is not None:
-            expert = tl.load(ids_ptr + row).to(tl.int32)
+            expert = tl.load(ids_ptr + row)
         n = column + tl.arange(0, BLOCK)[None, :]
         y = tl.zeros((TOKENS, BLOCK), dtype=tl.float32)
         if (expert >= 0) & (expert < experts):
@@ -155,6 +161,7 @@ def w4a16_gemv_kernel(
                 WORDS,
                 BLOCK,
                 TOKENS,
+                STAGES,
             )
             if bias_ptr is not None:
                 y += _load_columns(bias_ptr + of * OUTPUTS, n, n, OUTPUTS, BLOCK)
@@ -234,7 +241,7 @@ def w4a16_gemm_kernel(
         known = (row + m < rows)[:, None]
         mask, inverse = _places(PLACES)
         sums = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-        for block in range(0, INPUTS // (8 * PLANE)):
+        for block in range(INPUTS // (8 * PLANE)):
             at = block * (PLANE * OUTPUTS) + (j[:, None] * OUTPUTS + n[None, :])
             if OUTPUTS % BLOCK == 0:
                 words = tl.load(words_ptr + at)
@@ -295,43 +302,49 @@ def awq_repack_kernel(awq_ptr, words_ptr, rows, COLUMNS: tl.constexpr, PLANE: tl
 # -------------------------------------------------------------------- plans
 
 
-def _gemv_tile(inputs: int, outputs: int, group: int, plane: int, tokens: int, device: Device) -> tuple[int, int]:
+def _gemv_tile(problems: int, inputs: int, outputs: int, group: int, plane: int, tokens: int, device: Device) -> tuple[int, int]:
     """Rows and columns of the tile of words that a step takes: WORDS divides their number, and either holds whole groups or lies in one."""
 
     def fits(words: int) -> bool:
         return inputs // 8 % words == 0 and (group % (8 * words) == 0 or 8 * words % group == 0)
 
     if device.kind == "npu":
-        return plane, min(64 if tokens in (1, 4) else 32, power_of_2(outputs))
-    # As many columns as leave a program for every multiprocessor, 64 bytes at the least; then 8 to 16 KiB of words a step.
-    block = next((size for size in (64, 32) if -(-outputs // size) >= 0.9 * device.cores), 16)
-    words = next(size for size in (2048 // block, 64, 32, 16, 8, 4) if size <= 2048 // block and fits(size))
-    return words, block
+        return plane, min(64 if tokens in (1, 4) else 32, max(8, power_of_2(outputs)))
+    # As many columns as leave a program for every multiprocessor, 64 bytes at the least. A step is 8 words a thread, by up to 16 warps:
+    # with the steps that are under way, up to 64 KiB on each multiprocessor.
+    block = next((size for size in (64, 32) if problems * -(-outputs // size) >= 0.9 * device.cores), 16)
+    most = 4096 // block if inputs >= 4096 else 2048 // block
+    return next(size for size in (most, 64, 32, 16, 8, 4) if size <= most and fits(size)), block
 
 
-def w4a16_gemv_launch(
-    rows: int, inputs: int, outputs: int, group: int, device: Device, *, experts: bool = False
-) -> Launch:
-    """`w4a16_gemv_kernel` for [rows, inputs]; `group` is `inputs` where a column has one scale, `experts` says that each row has its own weights."""
+def w4a16_gemv_launch(rows: int, inputs: int, outputs: int, group: int, device: Device, *, experts: bool = False) -> Launch:
+    """`w4a16_gemv_kernel` for [rows, inputs].
+
+    Args:
+        group: inputs that share a scale; `inputs` where a column has one.
+        experts: whether each row has weights of its own.
+    """
     plane = plane_rows(inputs, group)
     tokens = 1 if experts else min(power_of_2(rows), MOST_GEMV_ROWS)
-    words, block = _gemv_tile(inputs, outputs, group, plane, tokens, device)
-    constants = {"INPUTS": inputs, "OUTPUTS": outputs, "GROUP": group, "PLANE": plane, "WORDS": words, "BLOCK": block, "TOKENS": tokens}
+    words, block = _gemv_tile(-(-rows // tokens), inputs, outputs, group, plane, tokens, device)
+    layer = {"INPUTS": inputs, "OUTPUTS": outputs, "GROUP": group, "PLANE": plane}
+    tile = {"WORDS": words, "BLOCK": block, "TOKENS": tokens, "STAGES": min(4, inputs // 8 // words)}
     grid = vector_grid(-(-rows // tokens) * -(-outputs // block), device)
-    return Launch(w4a16_gemv_kernel, grid, constants, {} if device.kind == "npu" else {"num_warps": 8})
+    options = {} if device.kind == "npu" else {"num_warps": min(max(words * block // 256, 1), 16)}
+    return Launch(w4a16_gemv_kernel, grid, layer | tile, options)
 
 
 def w4a16_gemm_launch(rows: int, inputs: int, outputs: int, group: int, device: Device) -> Launch:
     """`w4a16_gemm_kernel` for [rows, inputs]; `group` as in `w4a16_gemv_launch`."""
     tile_rows = min(max(power_of_2(rows), 16), 128)
     if device.kind == "npu":
-        block, places, options = min(64, max(16, power_of_2(outputs))), 4, {}
+        block, options = min(64, max(16, power_of_2(outputs))), {}
     else:
-        block = 128 if tile_rows >= 64 else 64 if outputs >= 64 * device.cores else 32
-        places, options = 4, {"num_warps": 8 if tile_rows == 128 else 4, "num_stages": 4}
+        block = product_columns(-(-rows // tile_rows), outputs, device)
+        options = {"num_warps": 8 if tile_rows == 128 else 4, "num_stages": 4}
     layer = {"INPUTS": inputs, "OUTPUTS": outputs, "GROUP": group, "PLANE": plane_rows(inputs, group)}
     grid = cube_grid(-(-rows // tile_rows) * -(-outputs // block), device)
-    return Launch(w4a16_gemm_kernel, grid, {**layer, "PLACES": places, "ROWS": tile_rows, "BLOCK": block, "BAND": 8}, options)
+    return Launch(w4a16_gemm_kernel, grid, {**layer, "PLACES": 4, "ROWS": tile_rows, "BLOCK": block, "BAND": 8}, options)
 
 
 def awq_repack_launch(rows: int, columns: int, plane: int, device: Device) -> Launch:
