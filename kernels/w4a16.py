@@ -8,6 +8,8 @@ one group, and no weight has to change places, in registers or in memory. `awq_r
 so that weights are read once, in one launch, and the sums have one order. Its threads keep a sum for each word of the tile; they meet at
 the end.
 
+**Few rows on a GPU** (`w4a16_narrow_kernel`). The same by products of 16 or 32 rows: what a weight costs hardly grows with them.
+
 **More rows** (`w4a16_gemm_kernel`). A block's weights are made in registers, rounded to the type of x, and multiplied by `tl.dot`.
 """
 
@@ -21,7 +23,9 @@ from .launch import Device, Launch, cube_grid, power_of_2, product_columns, vect
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Nibble i of a word of AWQ holds column AWQ_ORDER[i] of eight."""
 MOST_GEMV_ROWS = 8
-"""Up to so many rows the vectors win, as the weights' bytes decide; beyond it the products."""
+"""Up to so many rows vectors compute a layer, as the weights' bytes decide; beyond it products do."""
+MOST_NARROW_ROWS = 32
+"""Up to so many rows a GPU takes `w4a16_narrow_kernel`, where a group has at least 128 inputs."""
 
 
 def plane_rows(inputs: int, group: int) -> int:
@@ -263,6 +267,73 @@ def w4a16_gemm_kernel(
         tl.store(at, sums.to(y_ptr.dtype.element_ty), mask=known & (n < OUTPUTS)[None, :])
 
 
+@triton.jit
+def w4a16_narrow_kernel(
+    x_ptr,
+    words_ptr,
+    scales_ptr,
+    zeros_ptr,
+    bias_ptr,
+    y_ptr,
+    rows,
+    x_stride,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PLANE: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """y = x W + bias for at most ROWS rows of x, contiguous [rows, OUTPUTS]: by products, on a GPU.
+
+    The blocks of inputs are dealt out to SPLIT batches of warps, whose sums meet at the end. Nibbles become numbers by the bits of 1024 (of
+    128 in bf16), which is taken off the sums with the zero point: as the sum of x, itself a product, times both.
+    """
+    HALF: tl.constexpr = x_ptr.dtype.element_ty
+    FP16: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
+    ONE_BITS: tl.constexpr = 0x6400 if FP16 else 0x4300
+    ONE: tl.constexpr = 1024.0 if FP16 else 128.0
+    blocks: tl.constexpr = INPUTS // (8 * PLANE)
+    each: tl.constexpr = (blocks + SPLIT - 1) // SPLIT
+    batch = tl.arange(0, SPLIT)[:, None, None]
+    j = tl.arange(0, PLANE)
+    m = tl.arange(0, ROWS)[None, :, None]
+    ones = tl.full((SPLIT, PLANE, BLOCK), 1.0, dtype=HALF)
+    for tile in range(tl.program_id(0), tl.cdiv(OUTPUTS, BLOCK), tl.num_programs(0)):
+        n = tile * BLOCK + tl.arange(0, BLOCK)[None, None, :]
+        sums = tl.zeros((SPLIT, ROWS, BLOCK), dtype=tl.float32)
+        for step in tl.range(0, each, num_stages=STAGES):
+            block = batch * each + step
+            at = block * (PLANE * OUTPUTS) + j[None, :, None] * OUTPUTS + n
+            if OUTPUTS % BLOCK == 0 and blocks % SPLIT == 0:
+                words = tl.load(words_ptr + at)
+            else:
+                words = tl.load(words_ptr + at, mask=(block < blocks) & (n < OUTPUTS), other=0)
+            part = tl.zeros((SPLIT, ROWS, BLOCK), dtype=tl.float32)
+            x_sum = tl.zeros((SPLIT, ROWS, BLOCK), dtype=tl.float32)
+            for i in tl.static_range(8):
+                at_x = m * x_stride + block * (8 * PLANE) + i * PLANE + j[None, None, :]
+                x = tl.load(x_ptr + at_x, mask=(m < rows) & (block < blocks), other=0.0)
+                q = (((words >> (4 * i)) & 15) | ONE_BITS).to(tl.int16).to(HALF, bitcast=True)
+                part = tl.dot(x, q, part)
+                x_sum = tl.dot(x, ones, x_sum)
+            group = tl.minimum(block, blocks - 1) * (8 * PLANE) // GROUP  # beyond the last block x is 0, and the scale whatever it is
+            scale_at = group * OUTPUTS + n
+            zero = tl.full((1, 1, 1), 8.0, dtype=tl.float32)
+            if zeros_ptr is not None:
+                zero = _load_columns(zeros_ptr, scale_at, n, OUTPUTS, BLOCK)
+            sums += (part - x_sum * (zero + ONE)) * _load_columns(scales_ptr, scale_at, n, OUTPUTS, BLOCK)
+        total = tl.sum(sums, axis=0)
+        row = tl.arange(0, ROWS)[:, None]
+        column = tile * BLOCK + tl.arange(0, BLOCK)[None, :]
+        if bias_ptr is not None:
+            total += _load_columns(bias_ptr, column, column, OUTPUTS, BLOCK)
+        known = (row < rows) & (column < OUTPUTS)
+        tl.store(y_ptr + row * OUTPUTS + column, total.to(y_ptr.dtype.element_ty), mask=known)
+
+
 # -------------------------------------------------------------------- preparation
 
 
@@ -332,6 +403,27 @@ def w4a16_gemv_launch(rows: int, inputs: int, outputs: int, group: int, device: 
     grid = vector_grid(-(-rows // tokens) * -(-outputs // block), device)
     options = {} if device.kind == "npu" else {"num_warps": min(max(words * block // 256, 1), 16)}
     return Launch(w4a16_gemv_kernel, grid, layer | tile, options)
+
+
+def is_narrow(rows: int, inputs: int, group: int, device: Device) -> bool:
+    """Whether `w4a16_narrow_kernel` is for so many rows."""
+    return device.kind != "npu" and rows <= MOST_NARROW_ROWS and plane_rows(inputs, group) == 16
+
+
+def w4a16_narrow_launch(rows: int, inputs: int, outputs: int, group: int, device: Device) -> Launch:
+    """`w4a16_narrow_kernel` for [rows, inputs]; `group` as in `w4a16_gemv_launch`.
+
+    A batch is a warp. Where there is but one program for a multiprocessor it takes twice the warps, and with them memory: of 16 rows there
+    are 64 KiB of words under way, or 32 KiB for each of two programs.
+    """
+    blocks = inputs // 128
+    block = 32 if -(-outputs // 32) >= 0.9 * device.cores else 16
+    split = 16 if blocks >= 32 and -(-outputs // block) <= device.cores else min(8, power_of_2(blocks))
+    tile_rows = 16 if rows <= 16 else 32
+    split = max(1, split * 16 // tile_rows)
+    layer = {"INPUTS": inputs, "OUTPUTS": outputs, "GROUP": group, "PLANE": 16}
+    tile = {"ROWS": tile_rows, "SPLIT": split, "BLOCK": block, "STAGES": 3}
+    return Launch(w4a16_narrow_kernel, vector_grid(-(-outputs // block), device), layer | tile, {"num_warps": split})
 
 
 def w4a16_gemm_launch(rows: int, inputs: int, outputs: int, group: int, device: Device) -> Launch:

@@ -51,8 +51,8 @@ def w4a16_linear(
 ) -> Tensor:
     """y = x W + bias with W[k, n] = (q[k, n] - zeros[k // group_size, n]) * scales[k // group_size, n], in one launch; contiguous result.
 
-    Up to 8 rows, and wherever rows have experts, vectors compute it (`w4a16_gemv_kernel`), else products (`w4a16_gemm_kernel`): the shape
-    decides.
+    Up to 8 rows, and wherever rows have experts, vectors compute it (`w4a16_gemv_kernel`), else products (`w4a16_gemm_kernel`); on a GPU
+    products of another kind up to 32 rows (`w4a16_narrow_kernel`). The shape decides.
 
     Args:
         x: [..., K], fp16 or bf16; rows may lie apart evenly, what lies otherwise is copied first. With `expert_ids` [T, K] or [T, S, K].
@@ -69,8 +69,8 @@ def w4a16_linear(
     Returns:
         [..., N]; with `expert_ids` [T, S, N].
 
-    Rounding: fp32 sums, one cast at the end. By vectors the weights are not rounded; by products they are, once, to the dtype of x, as
-    where a model dequantises before it multiplies.
+    Rounding: fp32 sums, one cast at the end. Only `w4a16_gemm_kernel` rounds the weights, once, to the dtype of x, as where a model
+    dequantises before it multiplies.
 
     Raises:
         TypeError: a dtype is none of those.
@@ -91,6 +91,10 @@ def w4a16_linear(
     device = Device(x.device.type, cores, matrix_cores)
     weights = {"words_ptr": words, "scales_ptr": scales, "zeros_ptr": zeros, "bias_ptr": bias}
     tensors = {name: tensor if tensor is None else tensor.contiguous() for name, tensor in weights.items()}
+    if expert_ids is None and kernels.is_narrow(rows, inputs, group, device):
+        plan = kernels.w4a16_narrow_launch(rows, inputs, outputs, group, device)
+        launch(plan, x, x_ptr=xs, **tensors, y_ptr=y, rows=rows, x_stride=xs.stride(0))
+        return y
     if expert_ids is None and rows > kernels.MOST_GEMV_ROWS:
         plan = kernels.w4a16_gemm_launch(rows, inputs, outputs, group, device)
         launch(plan, x, x_ptr=xs, **tensors, y_ptr=y, rows=rows, x_stride=xs.stride(0))

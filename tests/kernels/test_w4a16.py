@@ -104,7 +104,11 @@ def check(y: Tensor, x: Tensor, of: Layer) -> None:
         (9, 256, 40, 128, True, True),
         (17, 96, 24, 32, False, False),
         (33, 320, 48, 64, True, False),
-        (20, 128, 9, -1, False, True),
+        (33, 128, 9, -1, False, True),
+        (1, 384, 16, 128, False, True),
+        (5, 640, 33, 128, True, False),
+        (16, 256, 24, -1, True, True),
+        (19, 256, 24, 128, True, True),
     ],
 )
 def test_linear(device: str, rows: int, inputs: int, outputs: int, group_size: int, zeros: bool, bias: bool) -> None:
@@ -123,7 +127,7 @@ def test_mixed_dtypes_and_a_result_that_is_not_rounded(device: str, rows: int) -
     y = w4a16_linear(x, *of.arguments(), group_size=64, out_dtype=FP32, **CORES)
     assert y.dtype == FP32
     truth = x.double() @ of.weight(torch.float64) + of.bias.double()
-    # Products round the weights to fp16; vectors round nothing.
+    # Products of many rows round the weights to fp16; nothing else is rounded.
     torch.testing.assert_close(y.double(), truth, rtol=0, atol=2e-3 if rows > 8 else 2e-6)
 
 
@@ -136,9 +140,9 @@ def test_zeros_need_not_be_whole_numbers(device: str) -> None:
 
 
 def test_bf16_by_vectors(device: str) -> None:
-    of = layer(128, 40, 128, BF16, device, bias=True)
+    of = layer(128, 40, 64, BF16, device, bias=True)
     x = torch.randn(5, 128, device=device, dtype=BF16)
-    check(w4a16_linear(x, *of.arguments(), group_size=128, **CORES), x, of)
+    check(w4a16_linear(x, *of.arguments(), group_size=64, **CORES), x, of)
 
 
 @pytest.mark.parametrize("rows", [3, 12])
@@ -152,13 +156,13 @@ def test_rows_that_lie_apart_and_leading_dimensions(device: str, rows: int) -> N
     check(w4a16_linear(row, *of.arguments(), group_size=64, **CORES), row, of)
 
 
-@pytest.mark.parametrize("rows", [4, 10])
-def test_what_is_not_finite_stays_in_its_row(device: str, rows: int) -> None:
-    of = layer(64, 24, 64, FP16, device)
-    x = torch.randn(rows, 64, device=device, dtype=FP16)
-    clean = w4a16_linear(x, *of.arguments(), group_size=64, **CORES)
+@pytest.mark.parametrize(("rows", "inputs"), [(4, 64), (10, 64), (4, 128), (18, 128)])
+def test_what_is_not_finite_stays_in_its_row(device: str, rows: int, inputs: int) -> None:
+    of = layer(inputs, 24, inputs, FP16, device)
+    x = torch.randn(rows, inputs, device=device, dtype=FP16)
+    clean = w4a16_linear(x, *of.arguments(), group_size=inputs, **CORES)
     x[1, 5], x[2, 63] = torch.nan, torch.inf
-    y = w4a16_linear(x, *of.arguments(), group_size=64, **CORES)
+    y = w4a16_linear(x, *of.arguments(), group_size=inputs, **CORES)
     assert y[1].isnan().all()
     touched = of.q[63].double() != of.zeros[0].double()
     assert not y[2, touched].isfinite().any()
@@ -279,11 +283,31 @@ def test_a_step_lies_in_one_group_or_holds_whole_ones(inputs: int, outputs: int,
             assert plan.constants["TOKENS"] >= rows or device is H100
 
 
-def test_a_gpu_is_full(device: str) -> None:
+def test_a_gpu_is_full() -> None:
     for inputs, outputs in ((4096, 4096), (2048, 2048), (7168, 18432)):
         plan = kernels.w4a16_gemv_launch(1, inputs, outputs, 128, H100)
         assert plan.grid >= 120, (inputs, outputs)
-        assert kernels.w4a16_gemm_launch(16, inputs, outputs, 128, H100).grid >= 64
+        assert kernels.w4a16_narrow_launch(16, inputs, outputs, 128, H100).grid >= 120, (inputs, outputs)
+        assert kernels.w4a16_gemm_launch(64, inputs, outputs, 128, H100).grid >= 64
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+@pytest.mark.parametrize("rows", [1, 16, 17, 32])
+def test_what_a_narrow_product_has_under_way_fits_shared_memory(inputs: int, outputs: int, rows: int) -> None:
+    if kernels.is_narrow(rows, inputs, inputs, H100):
+        plan = kernels.w4a16_narrow_launch(rows, inputs, outputs, 128, H100)
+        size = {name: plan.constants[name] for name in ("SPLIT", "ROWS", "BLOCK", "STAGES")}
+        words, x = 16 * size["BLOCK"] * 4, 8 * 16 * size["ROWS"] * 2
+        assert rows <= size["ROWS"]
+        assert (size["STAGES"] - 1) * size["SPLIT"] * (words + x) <= 200 * 1024
+        assert size["SPLIT"] == plan.options["num_warps"]
+
+
+def test_which_rows_are_narrow() -> None:
+    assert all(kernels.is_narrow(rows, 4096, group, H100) for rows in (1, 32) for group in (128, 4096))
+    assert not kernels.is_narrow(33, 4096, 128, H100)
+    assert not kernels.is_narrow(1, 4096, 64, H100), "a product takes 16 inputs at least, which are of one group"
+    assert not kernels.is_narrow(1, 4096, 128, A2)
 
 
 # -------------------------------------------------------------------- fake kernels
@@ -374,7 +398,7 @@ def test_what_repacking_refuses(device: str) -> None:
 def test_linear_of_models(device: str, inputs: int, outputs: int, group_size: int, dtype: torch.dtype) -> None:
     for zeros in (False, True):
         of = layer(inputs, outputs, group_size, dtype, device, zeros=zeros, bias=zeros)
-        for rows in (1, 2, 3, 4, 5, 8, 9, 16, 33, 64, 77, 128, 1000):
+        for rows in (1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64, 77, 128, 1000):
             x = torch.randn(rows, inputs, device=device, dtype=dtype)
             y = w4a16_linear(x, *of.arguments(), group_size=group_size, cores=132, matrix_cores=132)
             check(y, x, of)
