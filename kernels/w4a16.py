@@ -353,7 +353,7 @@ def awq_repack_kernel(awq_ptr, words_ptr, rows, COLUMNS: tl.constexpr, PLANE: tl
         c5 = c0
         c6 = c0
         c7 = c0
-        for i in tl.static_range(8):
+        for i in range(8):
             at = (row.to(tl.int64) * 8 + i) * (PLANE * COLUMNS) + (j * COLUMNS + column)
             awq = tl.load(awq_ptr + at, mask=column < COLUMNS, other=0)
             c0 |= _nibble(awq, 0) << (4 * i)
@@ -413,17 +413,20 @@ def is_narrow(rows: int, inputs: int, group: int, device: Device) -> bool:
 def w4a16_narrow_launch(rows: int, inputs: int, outputs: int, group: int, device: Device) -> Launch:
     """`w4a16_narrow_kernel` for [rows, inputs]; `group` as in `w4a16_gemv_launch`.
 
-    A batch is a warp. Where there is but one program for a multiprocessor it takes twice the warps, and with them memory: of 16 rows there
-    are 64 KiB of words under way, or 32 KiB for each of two programs.
+    A batch is a warp of a GPU. Where a multiprocessor has but one program it takes twice the warps, and with them memory: of 16 rows
+    there are 64 KiB of words under way, or 32 KiB for each of two programs. An NPU's core has no batches.
     """
-    blocks = inputs // 128
-    block = 32 if -(-outputs // 32) >= 0.9 * device.cores else 16
-    split = 16 if blocks >= 32 and -(-outputs // block) <= device.cores else min(8, power_of_2(blocks))
-    tile_rows = 16 if rows <= 16 else 32
-    split = max(1, split * 16 // tile_rows)
+    tile_rows, blocks = 16 if rows <= 16 else 32, inputs // 128
+    if device.kind == "npu":
+        block, split = min(64, max(16, power_of_2(outputs))), 1
+    else:
+        block = 32 if -(-outputs // 32) >= 0.9 * device.cores else 16
+        split = 16 if blocks >= 32 and -(-outputs // block) <= device.cores else min(8, power_of_2(blocks))
+        split = max(1, split * 16 // tile_rows)
     layer = {"INPUTS": inputs, "OUTPUTS": outputs, "GROUP": group, "PLANE": 16}
     tile = {"ROWS": tile_rows, "SPLIT": split, "BLOCK": block, "STAGES": 3}
-    return Launch(w4a16_narrow_kernel, vector_grid(-(-outputs // block), device), layer | tile, {"num_warps": split})
+    options = {} if device.kind == "npu" else {"num_warps": split}
+    return Launch(w4a16_narrow_kernel, cube_grid(-(-outputs // block), device), layer | tile, options)
 
 
 def w4a16_gemm_launch(rows: int, inputs: int, outputs: int, group: int, device: Device) -> Launch:
@@ -441,6 +444,6 @@ def w4a16_gemm_launch(rows: int, inputs: int, outputs: int, group: int, device: 
 
 def awq_repack_launch(rows: int, columns: int, plane: int, device: Device) -> Launch:
     """`awq_repack_kernel` for AWQ's words [rows, columns]; `plane` is `plane_rows` of the layer."""
-    block = min(16 if device.kind == "npu" else 32, power_of_2(columns))
+    block = min(8 if device.kind == "npu" else 32, power_of_2(columns))
     grid = vector_grid(rows // (8 * plane) * -(-columns // block), device)
     return Launch(awq_repack_kernel, grid, {"COLUMNS": columns, "PLANE": plane, "BLOCK": block})

@@ -244,7 +244,7 @@ def test_an_awq_layer_as_it_is_stored(device: str) -> None:
 # -------------------------------------------------------------------- plans
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 11])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 11, 16])
 def test_the_plans_of_another_device_compute_the_same(device: str, rows: int) -> None:
     """Tiles of an NPU, and few programs that take turns."""
     of = layer(256, 72, 128, FP16, device, bias=True)
@@ -252,7 +252,9 @@ def test_the_plans_of_another_device_compute_the_same(device: str, rows: int) ->
     y = torch.full((rows, 72), torch.nan, device=device, dtype=FP16)
     npu = Device("npu", 3, 2)
     arguments = {"x_ptr": x, "words_ptr": of.words, "scales_ptr": of.scales, "zeros_ptr": of.zeros, "bias_ptr": of.bias, "y_ptr": y}
-    if rows > 8:
+    if rows == 16:
+        launch(kernels.w4a16_narrow_launch(rows, 256, 72, 128, npu), x, **arguments, rows=rows, x_stride=256)
+    elif rows > 8:
         launch(kernels.w4a16_gemm_launch(rows, 256, 72, 128, npu), x, **arguments, rows=rows, x_stride=256)
     else:
         plan = kernels.w4a16_gemv_launch(rows, 256, 72, 128, npu)
