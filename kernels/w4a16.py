@@ -22,8 +22,6 @@ from .launch import Device, Launch, cube_grid, power_of_2, product_columns, vect
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Nibble i of a word of AWQ holds column AWQ_ORDER[i] of eight."""
-MOST_GEMV_ROWS = 8
-"""Up to so many rows vectors compute a layer, as the weights' bytes decide; beyond it products do."""
 MOST_NARROW_ROWS = 32
 """Up to so many rows a GPU takes `w4a16_narrow_kernel`, where a group has at least 128 inputs."""
 
@@ -396,13 +394,18 @@ def w4a16_gemv_launch(rows: int, inputs: int, outputs: int, group: int, device: 
         experts: whether each row has weights of its own.
     """
     plane = plane_rows(inputs, group)
-    tokens = 1 if experts else min(power_of_2(rows), MOST_GEMV_ROWS)
+    tokens = 1 if experts else min(power_of_2(rows), most_gemv_rows(device))
     words, block = _gemv_tile(-(-rows // tokens), inputs, outputs, group, plane, tokens, device)
     layer = {"INPUTS": inputs, "OUTPUTS": outputs, "GROUP": group, "PLANE": plane}
     tile = {"WORDS": words, "BLOCK": block, "TOKENS": tokens, "STAGES": min(4, inputs // 8 // words)}
     grid = vector_grid(-(-rows // tokens) * -(-outputs // block), device)
     options = {} if device.kind == "npu" else {"num_warps": min(max(words * block // 256, 1), 16)}
     return Launch(w4a16_gemv_kernel, grid, layer | tile, options)
+
+
+def most_gemv_rows(device: Device) -> int:
+    """Up to so many rows vectors compute a layer; a GPU's threads hold the sums of two rows, and beyond them products cost less."""
+    return 8 if device.kind == "npu" else 2
 
 
 def is_narrow(rows: int, inputs: int, group: int, device: Device) -> bool:

@@ -51,8 +51,9 @@ def w4a16_linear(
 ) -> Tensor:
     """y = x W + bias with W[k, n] = (q[k, n] - zeros[k // group_size, n]) * scales[k // group_size, n], in one launch; contiguous result.
 
-    Up to 8 rows, and wherever rows have experts, vectors compute it (`w4a16_gemv_kernel`), else products (`w4a16_gemm_kernel`); on a GPU
-    products of another kind up to 32 rows (`w4a16_narrow_kernel`). The shape decides.
+    Up to 8 rows (2 on a GPU), and wherever rows have experts, vectors compute it (`w4a16_gemv_kernel`), else products
+    (`w4a16_gemm_kernel`); on a GPU products of another kind up to 32 rows, if a group has 128 inputs (`w4a16_narrow_kernel`). The shape
+    decides.
 
     Args:
         x: [..., K], fp16 or bf16; rows may lie apart evenly, what lies otherwise is copied first. With `expert_ids` [T, K] or [T, S, K].
@@ -95,7 +96,7 @@ def w4a16_linear(
         plan = kernels.w4a16_narrow_launch(rows, inputs, outputs, group, device)
         launch(plan, x, x_ptr=xs, **tensors, y_ptr=y, rows=rows, x_stride=xs.stride(0))
         return y
-    if expert_ids is None and rows > kernels.MOST_GEMV_ROWS:
+    if expert_ids is None and rows > kernels.most_gemv_rows(device):
         plan = kernels.w4a16_gemm_launch(rows, inputs, outputs, group, device)
         launch(plan, x, x_ptr=xs, **tensors, y_ptr=y, rows=rows, x_stride=xs.stride(0))
         return y

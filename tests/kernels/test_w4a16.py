@@ -141,7 +141,7 @@ def test_zeros_need_not_be_whole_numbers(device: str) -> None:
 
 def test_bf16_by_vectors(device: str) -> None:
     of = layer(128, 40, 64, BF16, device, bias=True)
-    x = torch.randn(5, 128, device=device, dtype=BF16)
+    x = torch.randn(2, 128, device=device, dtype=BF16)
     check(w4a16_linear(x, *of.arguments(), group_size=64, **CORES), x, of)
 
 
@@ -156,18 +156,19 @@ def test_rows_that_lie_apart_and_leading_dimensions(device: str, rows: int) -> N
     check(w4a16_linear(row, *of.arguments(), group_size=64, **CORES), row, of)
 
 
-@pytest.mark.parametrize(("rows", "inputs"), [(4, 64), (10, 64), (4, 128), (18, 128)])
+@pytest.mark.parametrize(("rows", "inputs"), [(2, 64), (10, 64), (4, 128), (18, 128)])
 def test_what_is_not_finite_stays_in_its_row(device: str, rows: int, inputs: int) -> None:
     of = layer(inputs, 24, inputs, FP16, device)
     x = torch.randn(rows, inputs, device=device, dtype=FP16)
     clean = w4a16_linear(x, *of.arguments(), group_size=inputs, **CORES)
-    x[1, 5], x[2, 63] = torch.nan, torch.inf
-    y = w4a16_linear(x, *of.arguments(), group_size=inputs, **CORES)
-    assert y[1].isnan().all()
     touched = of.q[63].double() != of.zeros[0].double()
-    assert not y[2, touched].isfinite().any()
-    others = [row for row in range(rows) if row not in (1, 2)]
-    assert torch.equal(y[others], clean[others])
+    for row, value in ((1, torch.nan), (0, torch.inf)):
+        broken = x.clone()
+        broken[row, 63] = value
+        y = w4a16_linear(broken, *of.arguments(), group_size=inputs, **CORES)
+        assert not y[row, touched].isfinite().any()
+        others = [other for other in range(rows) if other != row]
+        assert torch.equal(y[others], clean[others])
 
 
 def test_empty(device: str) -> None:
