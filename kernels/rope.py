@@ -80,19 +80,14 @@ def load_pairs(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
-    JOINED: tl.constexpr,
 ):
     """The first and the second members of HALF pairs, [ROWS, BLOCK] each, as fp32.
 
-    NEIGHBOURS are pairs (2i, 2i + 1), others (i, i + HALF); JOINED reads neighbours at once, else each member by its stride.
+    NEIGHBOURS are pairs (2i, 2i + 1), which are read in one piece and then parted; others (i, i + HALF).
     """
     if NEIGHBOURS:
-        if JOINED:
-            both = load_heads(ptr, stride, head, HEADS, MASKED, 2 * HALF, ROWS, 2 * BLOCK, 1)
-            first, second = tl.split(tl.reshape(both, (ROWS, BLOCK, 2)))
-        else:
-            first = load_heads(ptr, stride, head, HEADS, MASKED, HALF, ROWS, BLOCK, 2)
-            second = load_heads(ptr + 1, stride, head, HEADS, MASKED, HALF, ROWS, BLOCK, 2)
+        both = load_heads(ptr, stride, head, HEADS, MASKED, 2 * HALF, ROWS, 2 * BLOCK, 1)
+        first, second = tl.split(tl.reshape(both, (ROWS, BLOCK, 2)))
     else:
         first = load_heads(ptr, stride, head, HEADS, MASKED, HALF, ROWS, BLOCK, 1)
         second = load_heads(ptr + HALF, stride, head, HEADS, MASKED, HALF, ROWS, BLOCK, 1)
@@ -112,16 +107,11 @@ def store_pairs(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
-    JOINED: tl.constexpr,
 ):
     """Store what `load_pairs` reads."""
     if NEIGHBOURS:
-        if JOINED:
-            both = tl.reshape(tl.join(first, second), (ROWS, 2 * BLOCK))
-            store_heads(ptr, both, stride, head, HEADS, MASKED, 2 * HALF, ROWS, 2 * BLOCK, 1)
-        else:
-            store_heads(ptr, first, stride, head, HEADS, MASKED, HALF, ROWS, BLOCK, 2)
-            store_heads(ptr + 1, second, stride, head, HEADS, MASKED, HALF, ROWS, BLOCK, 2)
+        both = tl.reshape(tl.join(first, second), (ROWS, 2 * BLOCK))
+        store_heads(ptr, both, stride, head, HEADS, MASKED, 2 * HALF, ROWS, 2 * BLOCK, 1)
     else:
         store_heads(ptr, first, stride, head, HEADS, MASKED, HALF, ROWS, BLOCK, 1)
         store_heads(ptr + HALF, second, stride, head, HEADS, MASKED, HALF, ROWS, BLOCK, 1)
@@ -212,7 +202,6 @@ def rotary_kernel(
     PAIRS_IN: tl.constexpr,
     PAIRS_OUT: tl.constexpr,
     SIGN: tl.constexpr,
-    JOINED: tl.constexpr,
     PARTS: tl.constexpr,
     SPREAD: tl.constexpr,
     Q_ROWS: tl.constexpr,
@@ -256,9 +245,9 @@ def rotary_kernel(
             k_out = k if k_out_ptr is None else k_out_ptr + batch * k_out_batch + token * k_out_token
         for part in range(unit % SPREAD, PARTS, SPREAD):
             # All loads come before the first store, so that they are in flight together.
-            q1, q2 = load_pairs(q, q_head, part * Q_ROWS, Q_HEADS, Q_MASKED, HALF, Q_ROWS, BLOCK, PAIRS_IN, JOINED)
+            q1, q2 = load_pairs(q, q_head, part * Q_ROWS, Q_HEADS, Q_MASKED, HALF, Q_ROWS, BLOCK, PAIRS_IN)
             if k_ptr is not None:
-                k1, k2 = load_pairs(k, k_head, part * K_ROWS, K_HEADS, K_MASKED, HALF, K_ROWS, BLOCK, PAIRS_IN, JOINED)
+                k1, k2 = load_pairs(k, k_head, part * K_ROWS, K_HEADS, K_MASKED, HALF, K_ROWS, BLOCK, PAIRS_IN)
             if REST > 0 and q_out_ptr is not None:
                 q_rest = load_heads(q + ROTARY, q_head, part * Q_ROWS, Q_HEADS, Q_MASKED, REST, Q_ROWS, REST_BLOCK, 1)
                 store_heads(q_out + ROTARY, q_rest, q_out_head, part * Q_ROWS, Q_HEADS, Q_MASKED, REST, Q_ROWS, REST_BLOCK, 1)
@@ -266,10 +255,10 @@ def rotary_kernel(
                     k_rest = load_heads(k + ROTARY, k_head, part * K_ROWS, K_HEADS, K_MASKED, REST, K_ROWS, REST_BLOCK, 1)
                     store_heads(k_out + ROTARY, k_rest, k_out_head, part * K_ROWS, K_HEADS, K_MASKED, REST, K_ROWS, REST_BLOCK, 1)
             y1, y2 = q1 * cos1 - q2 * sin1, q2 * cos2 + q1 * sin2
-            store_pairs(q_out, y1, y2, q_out_head, part * Q_ROWS, Q_HEADS, Q_MASKED, HALF, Q_ROWS, BLOCK, PAIRS_OUT, JOINED)
+            store_pairs(q_out, y1, y2, q_out_head, part * Q_ROWS, Q_HEADS, Q_MASKED, HALF, Q_ROWS, BLOCK, PAIRS_OUT)
             if k_ptr is not None:
                 y1, y2 = k1 * cos1 - k2 * sin1, k2 * cos2 + k1 * sin2
-                store_pairs(k_out, y1, y2, k_out_head, part * K_ROWS, K_HEADS, K_MASKED, HALF, K_ROWS, BLOCK, PAIRS_OUT, JOINED)
+                store_pairs(k_out, y1, y2, k_out_head, part * K_ROWS, K_HEADS, K_MASKED, HALF, K_ROWS, BLOCK, PAIRS_OUT)
 
 
 # -------------------------------------------------------------------- plans
@@ -298,8 +287,8 @@ def _tile_rows(heads: int, parts: int) -> int:
     return power_of_2(-(-heads // parts))
 
 
-def rotation_constants(head_dim: int, rotary_dim: int, device: Device, *, layout: str, sign: int, full: bool) -> dict[str, Any]:
-    """The constants of a rotation: ROTARY and the blocks, PAIRS_IN and PAIRS_OUT, FULL, SIGN, JOINED."""
+def rotation_constants(head_dim: int, rotary_dim: int, *, layout: str, sign: int, full: bool) -> dict[str, Any]:
+    """The constants of a rotation: ROTARY and the blocks, PAIRS_IN and PAIRS_OUT, FULL, SIGN."""
     rest = head_dim - rotary_dim
     return {
         "HEAD_DIM": head_dim,
@@ -310,7 +299,6 @@ def rotation_constants(head_dim: int, rotary_dim: int, device: Device, *, layout
         "PAIRS_OUT": layout == "interleaved",
         "FULL": full,
         "SIGN": sign,
-        "JOINED": True,
     }
 
 
@@ -335,8 +323,9 @@ def rotary_launch(
         layout, sign: as in `npu_fusion::rotary`.
         full: whether the tables have an entry for each member of a pair.
     """
-    constants = rotation_constants(head_dim, rotary_dim, device, layout=layout, sign=sign, full=full)
-    pairs = max(constants["BLOCK"], constants["REST_BLOCK"] // 2)
+    constants = rotation_constants(head_dim, rotary_dim, layout=layout, sign=sign, full=full)
+    pairs = constants["BLOCK"] + constants["REST_BLOCK"] // 2
     heads = (q_heads, k_heads) if k_heads else (q_heads,)
-    grid, tiles, options = head_tiles(rows, heads, pairs, device, most=2560 if device.kind == "npu" else 4096)
+    most = 4096 if device.kind != "npu" else 2560 if layout != "interleaved" else 2048
+    grid, tiles, options = head_tiles(rows, heads, pairs, device, most=most)
     return Launch(rotary_kernel, grid, {"Q_HEADS": q_heads, "K_HEADS": k_heads, **constants, **tiles}, options)
