@@ -19,7 +19,15 @@ from .launch import Device, Launch, power_of_2, vector_grid
 
 @triton.jit
 def load_heads(
-    ptr, stride, head, HEADS: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr
+    ptr,
+    stride,
+    head,
+    HEADS: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """Every STEP-th of WIDTH elements of the heads from `head`, [ROWS, BLOCK], as they are stored; zeros where there is none.
 

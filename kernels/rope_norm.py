@@ -263,9 +263,7 @@ def qkv_norm_rotary_kernel(
             q1, q2, q_rest = _normed_and_rotated(
                 q1, q2, q_rest, cos1, cos2, sin1, sin2, qf1, qf2, qf_rest, eps, HEAD_DIM, REST, NORM, NORM_LAST, ROUND, Q_PRODUCT, BETWEEN
             )
-            _store_whole(
-                q_out, q1, q2, q_rest, q_out_head, q_head_0, Q_HEADS, Q_MASKED, HALF, REST, Q_ROWS, BLOCK, REST_BLOCK, PAIRS_OUT
-            )
+            _store_whole(q_out, q1, q2, q_rest, q_out_head, q_head_0, Q_HEADS, Q_MASKED, HALF, REST, Q_ROWS, BLOCK, REST_BLOCK, PAIRS_OUT)
             k1, k2, k_rest = _normed_and_rotated(
                 k1, k2, k_rest, cos1, cos2, sin1, sin2, kf1, kf2, kf_rest, eps, HEAD_DIM, REST, NORM, NORM_LAST, ROUND, K_PRODUCT, BETWEEN
             )
@@ -336,6 +334,11 @@ def qkv_norm_rotary_launch(
     most = 4096 if device.kind != "npu" else 2560 if layout != "interleaved" else 2048
     grid, tiles, options = head_tiles(rows, (q_heads, k_heads), pairs, device, most=most)
     norms = {"NORM": norm, "NORM_LAST": norm_last, "OFFSET": weight_offset}
-    rounding = {"ROUND": dtype_of(round_to), "Q_PRODUCT": dtype_of(q_product), "K_PRODUCT": dtype_of(k_product), "BETWEEN": dtype_of(between)}
+    rounding = {
+        "ROUND": dtype_of(round_to),
+        "Q_PRODUCT": dtype_of(q_product),
+        "K_PRODUCT": dtype_of(k_product),
+        "BETWEEN": dtype_of(between),
+    }
     heads = {"Q_HEADS": q_heads, "K_HEADS": k_heads, "VALUE_BLOCK": power_of_2(head_dim)}
     return Launch(qkv_norm_rotary_kernel, grid, {**heads, **constants, **norms, **rounding, **tiles}, options)
