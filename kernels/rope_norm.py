@@ -333,6 +333,9 @@ def qkv_norm_rotary_launch(
     pairs = constants["BLOCK"] + constants["REST_BLOCK"] // 2
     most = 4096 if device.kind != "npu" else 2560 if layout != "interleaved" else 2048
     grid, tiles, options = head_tiles(rows, (q_heads, k_heads), pairs, device, most=most)
+    if device.kind != "npu" and rotary_dim < head_dim and norm:
+        # Three tiles of each head are live at once: left alone, the compiler takes so many registers that an SM holds one program.
+        options = {"num_warps": 8 if options["num_warps"] > 2 else options["num_warps"], "maxnreg": 128}
     norms = {"NORM": norm, "NORM_LAST": norm_last, "OFFSET": weight_offset}
     rounding = {
         "ROUND": dtype_of(round_to),
