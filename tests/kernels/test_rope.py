@@ -290,7 +290,7 @@ def test_what_is_written_must_lie_in_one_piece() -> None:
 # -------------------------------------------------------------------- fake kernels
 
 
-@pytest.mark.parametrize("moved", [torch.Tensor.contiguous, _heads_first, _within_a_row])
+@pytest.mark.parametrize("moved", [_heads_first, _within_a_row])
 def test_fake_kernel(moved: Callable[[Tensor], Tensor], device: str) -> None:
     xs, cos, sin = plain(device, 3, 2, tokens=2)
     xs, arguments = [moved(x) for x in xs], {"rotary_dim": 4, "out_dtype": FP16, "cores": CORES}

@@ -45,8 +45,11 @@ def check(fn: Callable[..., Any], *inputs: Tensor, provider: str, ops: int = 1, 
 # -------------------------------------------------------------------- rotary
 
 
-@pytest.mark.parametrize("shape", [(S, D), (1, S, D // 2), (1, 1, S, D), (B, 1, S, D // 2)], ids=str)
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("shape", "dynamic"),
+    [((S, D), False), ((1, S, D // 2), True), ((1, 1, S, D), False), ((B, 1, S, D // 2), True)],
+    ids=str,
+)
 def test_q_and_k_are_one_launch_and_tables_are_views(shape: tuple[int, ...], dynamic: bool) -> None:
     def fn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
         q, k = (x.unflatten(-1, (heads, D)).transpose(1, 2) for x, heads in ((q, 3), (k, 1)))
@@ -196,3 +199,15 @@ def test_tables_that_differ_from_head_to_head_are_refused() -> None:
 
     found = lower_call(fn, torch.randn(B, S, 9 * D), *angles(B, 3, S, D), **CUDA)
     assert (found.provider, found.reason) == (REFERENCE, "triton.qkv_norm_rotary: the tables differ from head to head")
+
+
+def test_on_ascend_it_takes_what_keeps_the_model_s_rounding() -> None:
+    """The norms of torch_npu do not round where the model does, which `exact` asks for."""
+
+    def fn(q: Tensor, k: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return qk_norm_rotary(q, k, weight, weight, cos, sin, EPS, round_dtype=None if q.dtype == FP64 else FP16)
+
+    inputs = *projections(3, 1, dtype=FP16), torch.randn(D).half(), *angles(S, D, dtype=FP16)
+    found = lower_and_check(fn, fn, *inputs, rounding="exact")
+    assert found.provider == "triton.qk_norm_rotary"
+    assert "npu.npu_rotary_mul" in found.reason
