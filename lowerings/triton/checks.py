@@ -18,6 +18,7 @@ from .define import KINDS
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 HALVES = (torch.float16, torch.bfloat16)
 LIMIT_32 = 2**31
+_FARTHEST = LIMIT_32 // 4096  # elements between rows, of which a tile has at most 4096
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"}
 """dtypes to their names in a kernel's signature."""
 
@@ -53,6 +54,10 @@ def check_cores(op: str, cores: int) -> None:
 
 
 def as_rows(x: Tensor, width: int | None = None) -> Tensor:
-    """A tensor [..., H] as [rows, `width`] (H) whose rows lie evenly apart, each in one piece: a view where it lies so, else a copy."""
+    """A tensor [..., H] as [rows, `width`] (H) whose rows lie evenly apart, each in one piece: a view where it lies so, else a copy.
+
+    Rows that lie so far apart that a tile of them is not addressed by 32 bits are copied too.
+    """
     rows = x.reshape(-1, x.shape[-1] if width is None else width)
-    return rows if rows.shape[-1] <= 1 or rows.stride(-1) == 1 else rows.contiguous()
+    whole = rows.shape[-1] <= 1 or rows.stride(-1) == 1
+    return rows if whole and (rows.stride(0) <= _FARTHEST or rows.shape[0] == 1) else rows.contiguous()
