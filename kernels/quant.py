@@ -63,8 +63,8 @@ def scaled(x, scale, DIVIDE: tl.constexpr):
 
 @triton.jit
 def to_int8_range(x, LOWEST: tl.constexpr):
-    """The nearest whole numbers from LOWEST to 127."""
-    return to_nearest(tl.minimum(tl.maximum(x, LOWEST), LARGEST))
+    """The nearest whole numbers from LOWEST to 127; LOWEST for a NaN, of which a cast would make anything."""
+    return to_nearest(tl.minimum(tl.where(x > LOWEST, x, LOWEST), LARGEST))
 
 
 @triton.jit
@@ -154,7 +154,8 @@ def _asymmetric_scale(low, high, least, LOWEST: tl.constexpr, WITH_ZERO: tl.cons
         low = tl.where(low > 0.0, 0.0, low)
         high = tl.where(high < 0.0, 0.0, high)
     # A row of one value alone takes its magnitude as the scale, so that it comes back.
-    scale = tl.where(low == high, tl.abs(high), divided(high, tl.full(high.shape, 127.0 - LOWEST, tl.float32)) - low / (127.0 - LOWEST))
+    steps = tl.full(high.shape, 127.0 - LOWEST, tl.float32)
+    scale = tl.where(low == high, tl.abs(high), divided(high - low, steps))
     scale = not_below(scale, least)
     zero = LARGEST - divided(high, tl.where(scale == 0.0, 1.0, scale))
     if WHOLE_ZERO:

@@ -10,8 +10,8 @@ from torch.fx import Node
 
 from ...kernels import norm as kernels
 from ...lower import Arguments, Builder
-from ...ops._common import check_choice, check_min_rank, check_sizes, check_value
-from .checks import FLOATS, as_rows, check_cores, check_dtypes, check_row_length, check_together, name_of
+from ...ops._common import check_choice, check_min_rank, check_sizes, check_type, check_value, known_different
+from .checks import FLOATS, as_rows, as_vector, check_cores, check_dtypes, check_row_count, check_row_length, check_together, name_of
 from .define import device_for, launch, triton_op
 from .provide import provides
 
@@ -24,9 +24,10 @@ def _check(
     """What all of the family demand: x [..., H] first, vectors [H], and tensors of the shape of x."""
     check_min_rank(op, 1, x=x)
     check_dtypes(op, FLOATS, x=x, **vectors, **matrices)
-    check_value(op, out_dtype in FLOATS, f"out_dtype must be one of float16, bfloat16, float32, not {out_dtype}")
+    check_type(op, out_dtype in FLOATS, f"out_dtype must be one of float16, bfloat16, float32, not {out_dtype}")
     check_together(op, x=x, **vectors, **matrices)
     check_row_length(op, "x", x.shape[-1])
+    check_row_count(op, "x", x)
     check_cores(op, cores)
     for name, vector in vectors.items():
         if vector is not None:
@@ -36,8 +37,8 @@ def _check(
             check_sizes(op, name, matrix.shape, x.shape)
 
 
-def _product(rounds: torch.dtype | None, weight: Tensor | None) -> torch.dtype | None:
-    """The dtype in which a normalised x that was rounded is multiplied by the weight."""
+def product_dtype(rounds: torch.dtype | None, weight: Tensor | None) -> torch.dtype | None:
+    """The dtype of a normalised x that was rounded and then multiplied by the weight (or added to the bias); None where neither."""
     return None if rounds is None or weight is None else torch.promote_types(rounds, weight.dtype)
 
 
@@ -70,10 +71,10 @@ def rms_norm(
 
     Raises:
         TypeError: a dtype is none of the three.
-        ValueError: a shape does not fit, tensors lie on several devices, or a row has 2^31 elements or more.
+        ValueError: a shape or choice does not fit, tensors lie on several devices, or there are 2^31 rows, or elements in a row, or more.
     """
     dtype = out_dtype or x.dtype
-    _check_rms_norm(x, weight, gate, gate_activation, group_size, dtype, cores)
+    _check_rms_norm(x, weight, weight_offset, gate, gate_activation, gate_first, group_size, dtype, cores)
     y = x.new_empty(x.shape, dtype=dtype)
     if y.numel() == 0:
         return y
@@ -89,13 +90,13 @@ def rms_norm(
         gate=None if gate is None else gate_activation,
         gate_first=gate_first,
         round_to=name_of(round_dtype),
-        product=name_of(_product(round_dtype, weight)),
+        product=name_of(product_dtype(round_dtype, weight)),
     )
     launch(
         plan,
         x,
         x_ptr=xs,
-        weight_ptr=weight,
+        weight_ptr=as_vector(weight),
         gate_ptr=gates,
         y_ptr=y,
         rows=xs.shape[0],
@@ -108,11 +109,29 @@ def rms_norm(
 
 
 def _check_rms_norm(
-    x: Tensor, weight: Tensor | None, gate: Tensor | None, gate_activation: str, group_size: int, out_dtype: torch.dtype, cores: int
+    x: Tensor,
+    weight: Tensor | None,
+    weight_offset: int,
+    gate: Tensor | None,
+    gate_activation: str,
+    gate_first: bool,
+    group_size: int,
+    out_dtype: torch.dtype,
+    cores: int,
 ) -> None:
-    _check("rms_norm", x, {"weight": weight}, {"gate": gate}, out_dtype, cores)
-    check_choice("rms_norm", "gate_activation", gate_activation, ("silu", "sigmoid"))
-    check_value("rms_norm", group_size >= 0, f"group_size must not be negative: {group_size}")
+    op = "rms_norm"
+    _check(op, x, {"weight": weight}, {"gate": gate}, out_dtype, cores)
+    check_offset(op, weight, weight_offset)
+    check_choice(op, "gate_activation", gate_activation, ("silu", "sigmoid"))
+    check_value(op, gate is not None or not gate_first, "gate_first needs a gate")
+    check_value(op, group_size >= 0, f"group_size must not be negative: {group_size}")
+    if group_size:
+        check_value(op, not known_different(x.shape[-1] % group_size, 0), f"group_size {group_size} does not divide the last dimension")
+
+
+def check_offset(op: str, weight: Tensor | None, weight_offset: int) -> None:
+    check_choice(op, "weight_offset", weight_offset, (0, 1))
+    check_value(op, weight is not None or weight_offset == 0, "weight_offset needs a weight")
 
 
 @rms_norm.fake
@@ -131,7 +150,7 @@ def _(
     cores: int,
 ) -> Tensor:
     dtype = out_dtype or x.dtype
-    _check_rms_norm(x, weight, gate, gate_activation, group_size, dtype, cores)
+    _check_rms_norm(x, weight, weight_offset, gate, gate_activation, gate_first, group_size, dtype, cores)
     return x.new_empty(x.shape, dtype=dtype)
 
 
@@ -166,7 +185,7 @@ def add_rms_norm(
         as `rms_norm`.
     """
     total_dtype, dtype = _sum_dtypes(x, residual, sum_dtype, out_dtype)
-    _check("add_rms_norm", x, {"weight": weight, "bias": bias}, {"residual": residual}, dtype, cores)
+    _check_add_rms_norm(x, residual, weight, bias, weight_offset, total_dtype, dtype, cores)
     y, total = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=total_dtype)
     if y.numel() == 0:
         return y, total
@@ -179,15 +198,15 @@ def add_rms_norm(
         weight_offset=weight_offset,
         unrounded=norm_unrounded,
         round_to=name_of(round_dtype),
-        product=name_of(_product(round_dtype, weight)),
+        product=name_of(product_dtype(round_dtype, weight)),
     )
     launch(
         plan,
         x,
         x_ptr=xs,
         residual_ptr=residuals,
-        weight_ptr=weight,
-        bias_ptr=bias,
+        weight_ptr=as_vector(weight),
+        bias_ptr=as_vector(bias),
         y_ptr=y,
         sum_ptr=total,
         rows=xs.shape[0],
@@ -196,6 +215,22 @@ def add_rms_norm(
         eps=eps,
     )
     return y, total
+
+
+def _check_add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    weight_offset: int,
+    sum_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    cores: int,
+) -> None:
+    op = "add_rms_norm"
+    _check(op, x, {"weight": weight, "bias": bias}, {"residual": residual}, out_dtype, cores)
+    check_type(op, sum_dtype in FLOATS, f"sum_dtype must be one of float16, bfloat16, float32, not {sum_dtype}")
+    check_offset(op, weight, weight_offset)
 
 
 def _sum_dtypes(
@@ -222,7 +257,7 @@ def _(
     cores: int,
 ) -> tuple[Tensor, Tensor]:
     total_dtype, dtype = _sum_dtypes(x, residual, sum_dtype, out_dtype)
-    _check("add_rms_norm", x, {"weight": weight, "bias": bias}, {"residual": residual}, dtype, cores)
+    _check_add_rms_norm(x, residual, weight, bias, weight_offset, total_dtype, dtype, cores)
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=total_dtype)
 
 
@@ -257,9 +292,11 @@ def layer_norm(
     if y.numel() == 0:
         return y
     xs = as_rows(x)
-    product = name_of(_product(round_dtype, weight))
-    plan = kernels.layer_norm_launch(xs.shape[0], xs.shape[1], device_for(x, cores), round_to=name_of(round_dtype), product=product)
-    launch(plan, x, x_ptr=xs, weight_ptr=weight, bias_ptr=bias, y_ptr=y, rows=xs.shape[0], x_stride=xs.stride(0), eps=eps)
+    product = product_dtype(round_dtype, weight)
+    biased = product_dtype(product or round_dtype, bias)
+    rounding = {"round_to": name_of(round_dtype), "product": name_of(product), "biased": name_of(biased)}
+    plan = kernels.layer_norm_launch(xs.shape[0], xs.shape[1], device_for(x, cores), **rounding)
+    launch(plan, x, x_ptr=xs, weight_ptr=as_vector(weight), bias_ptr=as_vector(bias), y_ptr=y, rows=xs.shape[0], x_stride=xs.stride(0), eps=eps)
     return y
 
 
