@@ -63,8 +63,8 @@ def scaled(x, scale, DIVIDE: tl.constexpr):
 
 @triton.jit
 def to_int8_range(x, LOWEST: tl.constexpr):
-    """The nearest whole numbers from LOWEST to 127; LOWEST for a NaN, of which a cast would make anything."""
-    return to_nearest(tl.minimum(tl.where(x > LOWEST, x, LOWEST), LARGEST))
+    """The nearest whole numbers from LOWEST to 127."""
+    return to_nearest(tl.minimum(tl.maximum(x, LOWEST), LARGEST))
 
 
 @triton.jit

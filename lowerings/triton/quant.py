@@ -69,8 +69,8 @@ def dynamic_quantize(
 
     Returns:
         q int8 [..., H] and scale fp32 [...]. A row of zeros has the scale `min_scale`, and so has one whose scale would be less; a scale below
-        2^-126 is 0. What has the scale 0 is 0. A row with a NaN has the scale NaN, one with an infinity and no NaN an infinite scale;
-        what is not finite in units of it becomes -127.
+        2^-126 is 0. What has the scale 0 is 0. A row with a NaN has the scale NaN, one with an infinity and no NaN an infinite scale,
+        and their q mean nothing.
 
     Rounding: fp32 inside, halves to even.
 
@@ -203,7 +203,7 @@ def static_quantize(
         cores: vector cores of the device.
 
     Returns:
-        int8 [..., H]; a NaN becomes `lowest`.
+        int8 [..., H]. What a NaN becomes means nothing.
 
     Rounding: fp32 inside: the quotient (product) is rounded before the zero point is added; halves to even.
 
