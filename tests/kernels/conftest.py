@@ -29,11 +29,7 @@ def device() -> str:
 def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """As which device kernels are planned: as the one they run on, or as an NPU of two cores, which take turns with tiles and walk rows."""
     if request.param == "npu":
-        plan_as_npu(monkeypatch)
+        for name, module in list(sys.modules.items()):
+            if name.startswith("npu_fusion.lowerings.triton.") and not name.endswith(".define") and hasattr(module, "device_for"):
+                monkeypatch.setattr(module, "device_for", lambda tensor, cores: Device("npu", 2, 2))
     return str(request.param)
-
-
-def plan_as_npu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, module in list(sys.modules.items()):
-        if name.startswith("npu_fusion.lowerings.triton.") and hasattr(module, "device_for") and not name.endswith(".define"):
-            monkeypatch.setattr(module, "device_for", lambda tensor, cores: Device("npu", 2, 2))
