@@ -343,14 +343,15 @@ def row_tiles(rows: int, hidden: int, device: Device, *, whole: int, chunk: int)
         chunk: the longest block in which it walks a longer one.
     """
     block = power_of_2(hidden)
+    most_rows = power_of_2(-(-rows // device.cores))  # a tile has several rows only where every core has some
     if device.kind == "npu":
         if block > whole:
             block = dividing_block(hidden, min(1024, chunk), chunk)
-        tile_rows = max(1, chunk // block) if block <= chunk else 1
+        tile_rows = min(max(1, chunk // block), most_rows)
         return vector_grid(-(-rows // tile_rows), device), {"ROWS": tile_rows, "BLOCK": block}, {}
     if block > 32768:  # more than the registers of 16 warps hold
         block = dividing_block(hidden, 4096, 16384)
-    tile_rows = max(1, 1024 // block)
+    tile_rows = min(max(1, 1024 // block), most_rows)
     warps = min(max(tile_rows * block // 512, 1), 16)
     return vector_grid(-(-rows // tile_rows), device), {"ROWS": tile_rows, "BLOCK": block}, {"num_warps": warps}
 
