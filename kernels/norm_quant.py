@@ -213,7 +213,9 @@ def norm_static_quantize_kernel(
                 y = _result(x * factor, weight_ptr, beta_ptr, column, HIDDEN, BLOCK, OFFSET, ROUND, PRODUCT, NORM)
                 if norm_ptr is not None:
                     store_tile(norm_ptr, y, HIDDEN, row, rows, column, HIDDEN, ROWS, BLOCK)
-                q = static_quantized(y, one_scale, one_zero, scale_ptr, zero_ptr, column, HIDDEN, BLOCK, ONE_SCALE, ONE_ZERO, DIVIDE, LOWEST)
+                q = static_quantized(
+                    y, one_scale, one_zero, scale_ptr, zero_ptr, column, HIDDEN, BLOCK, ONE_SCALE, ONE_ZERO, DIVIDE, LOWEST
+                )
                 store_int8(q_ptr, q, row, rows, column, HIDDEN, ROWS, BLOCK)
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ...kernels import norm_quant as kernels
 from ...kernels.launch import Launch
-from ...ops._common import check_sizes, check_type, check_value
+from ...ops._common import check_sizes, check_value
 from .checks import FLOATS, as_rows, as_vector, check_dtypes, check_together, name_of
 from .define import device_for, launch, triton_op
-from .norm import check_offset, product_dtype
+from .norm import check_float_dtypes, check_offset, product_dtype
 from .quant import check_matrix, check_min_scale, check_static, is_one
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -38,6 +38,7 @@ def _check(
     weight_offset: int,
     min_scale: float,
     lowest: int,
+    round_dtype: torch.dtype | None,
     norm_dtype: torch.dtype | None,
     sum_dtype: torch.dtype | None,
     cores: int,
@@ -45,8 +46,7 @@ def _check(
     check_matrix(op, x, cores)
     check_dtypes(op, FLOATS, x=x, residual=residual, **vectors)
     check_together(op, x=x, residual=residual, **vectors, scale=scale, zero_point=zero_point)
-    for name, dtype in {"norm_dtype": norm_dtype, "sum_dtype": sum_dtype}.items():
-        check_type(op, dtype is None or dtype in FLOATS, f"{name} must be one of float16, bfloat16, float32, not {dtype}")
+    check_float_dtypes(op, round_dtype=round_dtype, norm_dtype=norm_dtype, sum_dtype=sum_dtype)
     check_offset(op, vectors["weight"], weight_offset)
     check_min_scale(op, min_scale)
     if residual is not None:
@@ -64,7 +64,12 @@ def _check(
 
 
 def _results(
-    x: Tensor, residual: Tensor | None, scale: Tensor | None, norm_dtype: torch.dtype | None, sum_dtype: torch.dtype | None, return_norm: bool
+    x: Tensor,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    norm_dtype: torch.dtype | None,
+    sum_dtype: torch.dtype | None,
+    return_norm: bool,
 ) -> Results:
     """Room for the results."""
     total_dtype = x.dtype if residual is None else sum_dtype or torch.promote_types(x.dtype, residual.dtype)
@@ -185,10 +190,11 @@ def rms_norm_quant(
 
     Source: `npu_rms_norm_quant` and `npu_rms_norm_quant_v2` of torch_npu compute the same with a scale.
     """
-    arguments: dict[str, Any] = {"weight_offset": weight_offset, "min_scale": min_scale, "lowest": lowest, "norm_dtype": norm_dtype}
+    rounding = {"round_dtype": round_dtype, "norm_dtype": norm_dtype}
+    arguments: dict[str, Any] = {"weight_offset": weight_offset, "min_scale": min_scale, "lowest": lowest, **rounding}
     vectors = {"weight": weight, "beta": beta, "smooth": smooth}
     _check("rms_norm_quant", x, None, vectors, scale, zero_point, **arguments, sum_dtype=None, cores=cores)
-    choices: dict[str, Any] = {"round_dtype": round_dtype, "divide": divide, "return_norm": return_norm}
+    choices: dict[str, Any] = {"divide": divide, "return_norm": return_norm}
     absent: dict[str, Any] = {"bias": None, "norm_unrounded": False, "sum_dtype": None}
     tensors = {"beta": beta, "smooth": smooth, "scale": scale, "zero_point": zero_point}
     q, scales, norm, _ = _run(x, None, weight, eps, **tensors, **arguments, **choices, **absent, cores=cores)
@@ -214,7 +220,8 @@ def _(
     return_norm: bool = False,
     cores: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    arguments: dict[str, Any] = {"weight_offset": weight_offset, "min_scale": min_scale, "lowest": lowest, "norm_dtype": norm_dtype}
+    rounding = {"round_dtype": round_dtype, "norm_dtype": norm_dtype}
+    arguments: dict[str, Any] = {"weight_offset": weight_offset, "min_scale": min_scale, "lowest": lowest, **rounding}
     vectors = {"weight": weight, "beta": beta, "smooth": smooth}
     _check("rms_norm_quant", x, None, vectors, scale, zero_point, **arguments, sum_dtype=None, cores=cores)
     return _results(x, None, scale, norm_dtype, None, return_norm)[:3]
@@ -268,10 +275,11 @@ def add_rms_norm_quant(
 
     Source: `npu_add_rms_norm_quant` and `npu_add_rms_norm_dynamic_quant` of torch_npu compute the same for one of their two results.
     """
-    arguments: dict[str, Any] = {"weight_offset": weight_offset, "min_scale": min_scale, "lowest": lowest, "norm_dtype": norm_dtype}
+    rounding = {"round_dtype": round_dtype, "norm_dtype": norm_dtype}
+    arguments: dict[str, Any] = {"weight_offset": weight_offset, "min_scale": min_scale, "lowest": lowest, **rounding}
     vectors = {"weight": weight, "bias": bias, "beta": beta, "smooth": smooth}
     _check("add_rms_norm_quant", x, residual, vectors, scale, zero_point, **arguments, sum_dtype=sum_dtype, cores=cores)
-    choices: dict[str, Any] = {"round_dtype": round_dtype, "divide": divide, "return_norm": return_norm, "sum_dtype": sum_dtype}
+    choices: dict[str, Any] = {"divide": divide, "return_norm": return_norm, "sum_dtype": sum_dtype}
     tensors = {"bias": bias, "beta": beta, "smooth": smooth, "scale": scale, "zero_point": zero_point}
     return _run(x, residual, weight, eps, norm_unrounded=norm_unrounded, **tensors, **arguments, **choices, cores=cores)
 
@@ -299,7 +307,8 @@ def _(
     return_norm: bool = False,
     cores: int,
 ) -> Results:
-    arguments: dict[str, Any] = {"weight_offset": weight_offset, "min_scale": min_scale, "lowest": lowest, "norm_dtype": norm_dtype}
+    rounding = {"round_dtype": round_dtype, "norm_dtype": norm_dtype}
+    arguments: dict[str, Any] = {"weight_offset": weight_offset, "min_scale": min_scale, "lowest": lowest, **rounding}
     vectors = {"weight": weight, "bias": bias, "beta": beta, "smooth": smooth}
     _check("add_rms_norm_quant", x, residual, vectors, scale, zero_point, **arguments, sum_dtype=sum_dtype, cores=cores)
     return _results(x, residual, scale, norm_dtype, sum_dtype, return_norm)

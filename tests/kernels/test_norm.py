@@ -227,6 +227,14 @@ def bad_calls(device: str) -> dict[str, tuple[type[Exception], Any]]:
         f"rms_norm: x {floats} torch.float64": (TypeError, lambda: rms_norm(x.double(), weight, EPS, cores=CORES)),
         f"rms_norm: gate {floats} torch.int32": (TypeError, lambda: rms_norm(x, weight, EPS, gate=other.int(), cores=CORES)),
         f"rms_norm: out_dtype {floats} torch.int8": (TypeError, lambda: rms_norm(x, weight, EPS, out_dtype=torch.int8, cores=CORES)),
+        f"rms_norm: round_dtype {floats} torch.float64": (
+            TypeError,
+            lambda: rms_norm(x, weight, EPS, round_dtype=torch.float64, cores=CORES),
+        ),
+        f"layer_norm: round_dtype {floats} torch.int8": (
+            TypeError,
+            lambda: layer_norm(x, weight, None, EPS, round_dtype=torch.int8, cores=CORES),
+        ),
         "rms_norm: weight must have shape [8], not [7]": (ValueError, lambda: rms_norm(x, weight[1:], EPS, cores=CORES)),
         "rms_norm: gate must have shape [2, 8], not [8]": (ValueError, lambda: rms_norm(x, weight, EPS, gate=weight, cores=CORES)),
         "rms_norm: x must have at least 1 dimensions, not 0": (ValueError, lambda: rms_norm(x.sum(), None, EPS, cores=CORES)),

@@ -18,9 +18,7 @@ from tests.ops.checks import check_op
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CORES, EPS = 4, 1e-5
 # Blocks and tiles that are not full; for an NPU a row that is walked.
-planned = pytest.mark.parametrize(
-    ("plan", "size"), [("own", (3, 100)), ("own", (17, 64)), ("npu", (1, 1100))], indirect=["plan"], ids=str
-)
+planned = pytest.mark.parametrize(("plan", "size"), [("own", (3, 100)), ("own", (17, 64)), ("npu", (1, 1100))], indirect=["plan"], ids=str)
 
 
 def inputs(size: tuple[int, ...], device: str, dtype: torch.dtype = FP16) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +53,9 @@ def test_add_rms_norm_per_token(plan: str, size: tuple[int, int], extra: tuple[s
     q, scale, norm, total = add_rms_norm_quant(x, residual, weight, EPS, **vectors, **call)
     exact = x.double() + residual.double() + vectors.get("bias", torch.zeros_like(weight)).double()
     assert torch.equal(total, exact.to(FP16))
-    expected = semantic.rms_norm(exact if unrounded else total.double(), weight.double(), EPS) + vectors.get("beta", torch.zeros_like(weight))
+    expected = semantic.rms_norm(exact if unrounded else total.double(), weight.double(), EPS) + vectors.get(
+        "beta", torch.zeros_like(weight)
+    )
     torch.testing.assert_close(norm.double(), expected, rtol=1e-3, atol=1e-3)
     assert norm.dtype == FP16
     assert_quantised(q, scale, expected * vectors.get("smooth", torch.ones_like(weight)))
@@ -192,6 +192,10 @@ def bad_calls(device: str) -> dict[str, tuple[type[Exception], Any]]:
         "add_rms_norm_quant: sum_dtype must be one of float16, bfloat16, float32, not torch.int8": (
             TypeError,
             lambda: add(sum_dtype=torch.int8),
+        ),
+        "add_rms_norm_quant: round_dtype must be one of float16, bfloat16, float32, not torch.float64": (
+            TypeError,
+            lambda: add(round_dtype=torch.float64),
         ),
         "rms_norm_quant: x must be one of float16, bfloat16, float32, not torch.int64": (
             TypeError,

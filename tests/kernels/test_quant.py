@@ -134,7 +134,13 @@ def test_rows_of_one_value_come_back(value: float, device: str) -> None:
     torch.testing.assert_close(back, torch.full_like(back, value), rtol=1e-6, atol=1e-38)
 
 
-SCALES: list[Any] = [("one", None, True), ("channels", None, False), ("one", "one", False), ("channels", "one", True), ("channels", "channels", False)]
+SCALES: list[Any] = [
+    ("one", None, True),
+    ("channels", None, False),
+    ("one", "one", False),
+    ("channels", "one", True),
+    ("channels", "channels", False),
+]
 
 
 @pytest.mark.parametrize(("scales", "zeros", "divide"), SCALES, ids=str)

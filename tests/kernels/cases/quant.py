@@ -26,7 +26,9 @@ def _dynamic(rows: int, hidden: int, dtype: str, *, smooth: str | None = None, *
 def _asymmetric(rows: int, hidden: int, dtype: str, *, smooth: str | None = None, **plan: Any) -> Case:
     pointers = {"x_ptr": f"*{dtype}", "smooth_ptr": smooth and f"*{smooth}", "q_ptr": "*i8", "scale_ptr": "*fp32", "zero_ptr": "*fp32"}
     name = _named("asymmetric_quantize", dtype, rows, hidden, {"smooth": smooth, **plan})
-    return Case(name, quant.asymmetric_quantize_launch(rows, hidden, A2, smooth=smooth is not None, **plan), {**pointers, "least": "fp32", **SIZES})
+    return Case(
+        name, quant.asymmetric_quantize_launch(rows, hidden, A2, smooth=smooth is not None, **plan), {**pointers, "least": "fp32", **SIZES}
+    )
 
 
 def _static(rows: int, hidden: int, dtype: str, *, scale: str = "fp32", zero: str | None = None, **plan: Any) -> Case:

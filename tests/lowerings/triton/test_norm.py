@@ -128,7 +128,13 @@ def test_a_float64_result_stays_the_reference(op: str) -> None:
     }
     found = lower_call(calls[op], torch.randn(3, SIZE), **CUDA)
     assert found.provider == REFERENCE
-    assert f"triton.{op}: the result is torch.float64" in found.reason
+    assert f"triton.{op}: a result is torch.float64" in found.reason
+
+
+def test_rounding_to_float64_stays_the_reference() -> None:
+    found = lower_call(lambda x: rms_norm(x, None, EPS, round_dtype=torch.float64), torch.randn(3, SIZE), **EXACT)
+    assert found.provider == REFERENCE
+    assert "the model rounds to torch.float64 before the weight: rounding is 'exact'" in found.reason
 
 
 def test_the_result_is_stored_as_x_is() -> None:
