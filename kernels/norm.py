@@ -408,7 +408,12 @@ def add_rms_norm_launch(
 def layer_norm_launch(
     rows: int, hidden: int, device: Device, *, round_to: str | None = None, product: str | None = None, biased: str | None = None
 ) -> Launch:
-    """`layer_norm_kernel` for [rows, hidden]; `biased` is the dtype to which the sum with the bias is rounded, the rest as in `rms_norm_launch`."""
+    """`layer_norm_kernel` for [rows, hidden].
+
+    Args:
+        round_to, product: as in `rms_norm_launch`.
+        biased: dtype to which the sum with the bias is rounded in between.
+    """
     grid, tile, options = row_tiles(rows, hidden, device, whole=4096, chunk=4096)
     rounding = {"ROUND": dtype_of(round_to), "PRODUCT": dtype_of(product), "BIASED": dtype_of(biased)}
     return Launch(layer_norm_kernel, grid, {"HIDDEN": hidden, **tile, **rounding}, options)

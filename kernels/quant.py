@@ -1,7 +1,7 @@
-"""Quantisation to int8 and back, of [rows, hidden]: per token with a scale that is found (symmetric or not), and with scales that are given.
+"""Quantisation to int8 and back, of [rows, hidden]: per token with scales that are found, symmetric or not, and with scales that are given.
 
-All compute in fp32, round halves to even, and clamp before they round. A NaN or an infinity is seen in the scale of its own row, and in no
-other row. A scale below the smallest normal number counts as 0: its row is one of zeros.
+All compute in fp32, round halves to even, and clamp before they round. A NaN or an infinity is seen in the scale of its own row alone. A
+scale below the smallest normal number counts as 0: its row is one of zeros.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def asymmetric_quantize_kernel(
     WITH_ZERO: tl.constexpr,
     WHOLE_ZERO: tl.constexpr,
 ):
-    """scale = (max(v) - min(v)) / (127 - LOWEST) of each row of v = x * smooth, zero = 127 - max(v) / scale; q = round(v / scale + zero)."""
+    """v = x * smooth; of each row scale = (max(v) - min(v)) / (127 - LOWEST), zero = 127 - max(v) / scale; q = round(v / scale + zero)."""
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = tile * ROWS
         if BLOCK >= HIDDEN:
@@ -393,7 +393,8 @@ def asymmetric_quantize_launch(
 def element_tiles(rows: int, hidden: int, device: Device, *, most: int, int8: bool = False) -> tuple[int, dict[str, int], dict[str, int]]:
     """How the elements of a matrix are dealt out where none needs another: the grid, the constants ROWS and BLOCK, and options.
 
-    With `int8` results the rows on an NPU are as in `int8_tiles`. Of the blocks from 1024 elements to `most`, which is what a tile has, the one with the fewest elements beyond a row's end is taken.
+    Of the blocks from 1024 elements to `most`, which is what a tile has, the one with the fewest elements beyond a row's end is taken. With
+    `int8` results the rows on an NPU are as in `int8_tiles`.
     """
     block = power_of_2(hidden)
     if block > 1024:

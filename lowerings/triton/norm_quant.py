@@ -23,7 +23,8 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _QUANT_SCHEMA = (
     "Tensor? beta=None, int weight_offset=0, ScalarType? round_dtype=None, ScalarType? norm_dtype=None, Tensor? smooth=None, "
-    "float min_scale=0.0, Tensor? scale=None, Tensor? zero_point=None, bool? divide=None, int lowest=-128, bool return_norm=False, int cores"
+    "float min_scale=0.0, Tensor? scale=None, Tensor? zero_point=None, bool? divide=None, int lowest=-128, bool return_norm=False, "
+    "int cores"
 )
 
 
@@ -107,7 +108,11 @@ def _run(
         scales.fill_(min_scale)
         return results
     xs, residuals = as_rows(x), None if residual is None else as_rows(residual)
-    rounding = {"round_to": name_of(round_dtype), "product": name_of(product_dtype(round_dtype, weight)), "norm": name_of(norm_dtype)}
+    rounding: dict[str, Any] = {
+        "round_to": name_of(round_dtype),
+        "product": name_of(product_dtype(round_dtype, weight)),
+        "norm": name_of(norm_dtype),
+    }
     present = {"residual": residual is not None, "bias": bias is not None, "beta": beta is not None, "returns_norm": return_norm}
     shared: dict[str, Any] = {**present, **rounding, "weight_offset": weight_offset, "unrounded": norm_unrounded}
     size = xs.shape[0], xs.shape[1], device_for(x, cores)
@@ -178,8 +183,8 @@ def rms_norm_quant(
         cores: vector cores of the device.
 
     Returns:
-        q int8 [..., H]; the scale fp32 [...], or [0] if it is given; y [..., H] in `norm_dtype` (that of x if None), or [0] if it is not asked
-        for. Rows with a NaN or an infinity have the scale NaN.
+        q int8 [..., H]; the scale fp32 [...], or [0] if it is given; y [..., H] in `norm_dtype` (that of x if None), or [0] if it is not
+        asked for. A row with a NaN or an infinity has the scale NaN; its q mean nothing.
 
     Rounding: fp32 inside, where nothing else is asked for; the weight multiplies in the dtype that `round_dtype` and its own promote to.
         A found scale of a long row, walked in blocks, may be off by two units in the last place.
@@ -190,13 +195,13 @@ def rms_norm_quant(
 
     Source: `npu_rms_norm_quant` and `npu_rms_norm_quant_v2` of torch_npu compute the same with a scale.
     """
-    rounding = {"round_dtype": round_dtype, "norm_dtype": norm_dtype}
+    rounding: dict[str, Any] = {"round_dtype": round_dtype, "norm_dtype": norm_dtype}
     arguments: dict[str, Any] = {"weight_offset": weight_offset, "min_scale": min_scale, "lowest": lowest, **rounding}
-    vectors = {"weight": weight, "beta": beta, "smooth": smooth}
+    vectors: dict[str, Any] = {"weight": weight, "beta": beta, "smooth": smooth}
     _check("rms_norm_quant", x, None, vectors, scale, zero_point, **arguments, sum_dtype=None, cores=cores)
     choices: dict[str, Any] = {"divide": divide, "return_norm": return_norm}
     absent: dict[str, Any] = {"bias": None, "norm_unrounded": False, "sum_dtype": None}
-    tensors = {"beta": beta, "smooth": smooth, "scale": scale, "zero_point": zero_point}
+    tensors: dict[str, Any] = {"beta": beta, "smooth": smooth, "scale": scale, "zero_point": zero_point}
     q, scales, norm, _ = _run(x, None, weight, eps, **tensors, **arguments, **choices, **absent, cores=cores)
     return q, scales, norm
 
@@ -220,9 +225,9 @@ def _(
     return_norm: bool = False,
     cores: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rounding = {"round_dtype": round_dtype, "norm_dtype": norm_dtype}
+    rounding: dict[str, Any] = {"round_dtype": round_dtype, "norm_dtype": norm_dtype}
     arguments: dict[str, Any] = {"weight_offset": weight_offset, "min_scale": min_scale, "lowest": lowest, **rounding}
-    vectors = {"weight": weight, "beta": beta, "smooth": smooth}
+    vectors: dict[str, Any] = {"weight": weight, "beta": beta, "smooth": smooth}
     _check("rms_norm_quant", x, None, vectors, scale, zero_point, **arguments, sum_dtype=None, cores=cores)
     return _results(x, None, scale, norm_dtype, None, return_norm)[:3]
 
@@ -275,12 +280,12 @@ def add_rms_norm_quant(
 
     Source: `npu_add_rms_norm_quant` and `npu_add_rms_norm_dynamic_quant` of torch_npu compute the same for one of their two results.
     """
-    rounding = {"round_dtype": round_dtype, "norm_dtype": norm_dtype}
+    rounding: dict[str, Any] = {"round_dtype": round_dtype, "norm_dtype": norm_dtype}
     arguments: dict[str, Any] = {"weight_offset": weight_offset, "min_scale": min_scale, "lowest": lowest, **rounding}
-    vectors = {"weight": weight, "bias": bias, "beta": beta, "smooth": smooth}
+    vectors: dict[str, Any] = {"weight": weight, "bias": bias, "beta": beta, "smooth": smooth}
     _check("add_rms_norm_quant", x, residual, vectors, scale, zero_point, **arguments, sum_dtype=sum_dtype, cores=cores)
     choices: dict[str, Any] = {"divide": divide, "return_norm": return_norm, "sum_dtype": sum_dtype}
-    tensors = {"bias": bias, "beta": beta, "smooth": smooth, "scale": scale, "zero_point": zero_point}
+    tensors: dict[str, Any] = {"bias": bias, "beta": beta, "smooth": smooth, "scale": scale, "zero_point": zero_point}
     return _run(x, residual, weight, eps, norm_unrounded=norm_unrounded, **tensors, **arguments, **choices, cores=cores)
 
 
@@ -307,8 +312,8 @@ def _(
     return_norm: bool = False,
     cores: int,
 ) -> Results:
-    rounding = {"round_dtype": round_dtype, "norm_dtype": norm_dtype}
+    rounding: dict[str, Any] = {"round_dtype": round_dtype, "norm_dtype": norm_dtype}
     arguments: dict[str, Any] = {"weight_offset": weight_offset, "min_scale": min_scale, "lowest": lowest, **rounding}
-    vectors = {"weight": weight, "bias": bias, "beta": beta, "smooth": smooth}
+    vectors: dict[str, Any] = {"weight": weight, "bias": bias, "beta": beta, "smooth": smooth}
     _check("add_rms_norm_quant", x, residual, vectors, scale, zero_point, **arguments, sum_dtype=sum_dtype, cores=cores)
     return _results(x, residual, scale, norm_dtype, sum_dtype, return_norm)

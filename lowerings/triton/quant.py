@@ -1,7 +1,7 @@
 """Quantisation to int8 by Triton, and back: the ops dynamic_quantize, asymmetric_quantize, static_quantize, dequantize.
 
-Per token means that each row [H] has a scale of its own, of shape x.shape[:-1]; per channel that each of the H has; per tensor that there is
-one for all.
+Per token means that each row [H] has a scale of its own, in the shape x.shape[:-1]; per channel that each of the H has; per tensor that
+there is one for all.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def dynamic_quantize(
         cores: vector cores of the device.
 
     Returns:
-        q int8 [..., H] and scale fp32 [...]. A row of zeros has the scale `min_scale`, and so has one whose scale would be less; a scale below
-        2^-126 is 0. What has the scale 0 is 0. A row with a NaN has the scale NaN, one with an infinity and no NaN an infinite scale,
-        and their q mean nothing.
+        q int8 [..., H] and scale fp32 [...]. A row of zeros has the scale `min_scale`, and so has one whose scale would be less; a scale
+        below 2^-126 is 0. What has the scale 0 is 0. A row with a NaN has the scale NaN, one with an infinity and no NaN an infinite scale;
+        their q mean nothing.
 
     Rounding: fp32 inside, halves to even.
 
@@ -129,8 +129,8 @@ def asymmetric_quantize(
         whole_zero: zero points are rounded to whole numbers, which lie within [lowest, 127] if the range holds 0.
 
     Returns:
-        q int8 [..., H], scale fp32 [...] and zero fp32 [...]. A row of one value has its magnitude as the scale; one of zeros, or whose scale
-        is below 2^-126, has the scale `min_scale`. A NaN or an infinity makes its row's scale NaN or infinite.
+        q int8 [..., H], scale fp32 [...] and zero fp32 [...]. A row of one value has its magnitude as the scale; one of zeros, or whose
+        scale is below 2^-126, has the scale `min_scale`. A row with a NaN or an infinity has a scale that is not finite; its q mean nothing.
 
     Rounding: fp32 inside, halves to even.
 
