@@ -122,8 +122,8 @@ def _run(
         plan = kernels.norm_dynamic_quantize_launch(*size, **shared, smooth=smooth is not None, divide=bool(divide))
         quantising = {"smooth_ptr": as_vector(smooth), "scale_ptr": scales, "least": min_scale}
     else:
-        ones = {"one_scale": is_one(scale), "one_zero": is_one(zero_point), "zero": zero_point is not None}
-        plan = kernels.norm_static_quantize_launch(*size, **shared, **ones, divide=divide is not False, lowest=lowest)
+        shared |= {"one_scale": is_one(scale), "one_zero": is_one(zero_point), "zero": zero_point is not None}
+        plan = kernels.norm_static_quantize_launch(*size, **shared, divide=divide is not False, lowest=lowest)
         quantising = {"scale_ptr": as_vector(scale), "zero_ptr": as_vector(zero_point)}
     launch(
         plan,

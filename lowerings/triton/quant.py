@@ -6,6 +6,8 @@ there is one for all.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -130,7 +132,8 @@ def asymmetric_quantize(
 
     Returns:
         q int8 [..., H], scale fp32 [...] and zero fp32 [...]. A row of one value has its magnitude as the scale; one of zeros, or whose
-        scale is below 2^-126, has the scale `min_scale`. A row with a NaN or an infinity has a scale that is not finite; its q mean nothing.
+        scale is below 2^-126, has the scale `min_scale`. A row with a NaN or an infinity has a scale that is not finite;
+        its q mean nothing.
 
     Rounding: fp32 inside, halves to even.
 
@@ -145,7 +148,13 @@ def asymmetric_quantize(
     if x.numel() == 0:
         return q, scale.fill_(min_scale), zero.fill_(127)
     xs = as_rows(x)
-    choices = {"smooth": smooth is not None, "lowest": lowest, "with_zero": with_zero, "whole_zero": whole_zero, "divide": divide}
+    choices: dict[str, Any] = {
+        "smooth": smooth is not None,
+        "lowest": lowest,
+        "with_zero": with_zero,
+        "whole_zero": whole_zero,
+        "divide": divide,
+    }
     plan = kernels.asymmetric_quantize_launch(xs.shape[0], xs.shape[1], device_for(x, cores), **choices)
     sizes = {"rows": xs.shape[0], "x_stride": xs.stride(0)}
     launch(plan, x, x_ptr=xs, smooth_ptr=as_vector(smooth), q_ptr=q, scale_ptr=scale, zero_ptr=zero, **sizes, least=min_scale)
@@ -218,7 +227,7 @@ def static_quantize(
     if q.numel() == 0:
         return q
     xs = as_rows(x)
-    choices = {"one_scale": is_one(scale), "one_zero": is_one(zero_point), "divide": divide, "lowest": lowest}
+    choices: dict[str, Any] = {"one_scale": is_one(scale), "one_zero": is_one(zero_point), "divide": divide, "lowest": lowest}
     plan = kernels.static_quantize_launch(xs.shape[0], xs.shape[1], device_for(x, cores), **choices)
     vectors = {"scale_ptr": as_vector(scale), "zero_ptr": as_vector(zero_point)}
     launch(plan, x, x_ptr=xs, **vectors, q_ptr=q, rows=xs.shape[0], x_stride=xs.stride(0))
@@ -303,7 +312,11 @@ def dequantize(
     if y.numel() == 0:
         return y
     xs = as_rows(x)
-    choices = {"one_scale": is_one(scale), "one_zero": is_one(zero_point), "whole_bias": bias is not None and bias.dtype == torch.int32}
+    choices: dict[str, Any] = {
+        "one_scale": is_one(scale),
+        "one_zero": is_one(zero_point),
+        "whole_bias": bias is not None and bias.dtype == torch.int32,
+    }
     plan = kernels.dequantize_launch(xs.shape[0], xs.shape[1], device_for(x, cores), **choices)
     of_rows = {"row_scale_ptr": as_vector(row_scale), "row_zero_ptr": as_vector(row_zero_point)}
     vectors = {"scale_ptr": as_vector(scale), "zero_ptr": as_vector(zero_point), "bias_ptr": as_vector(bias)}
