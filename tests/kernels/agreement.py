@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+CORES = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 1
+"""What kernels are planned for; on a CPU one, so that few programs are interpreted, with several rows each."""
 HIDDEN = (1024, 2048, 2304, 3584, 4096, 5120, 7168, 8192, 18432)
 """Widths of real models."""
 

@@ -12,11 +12,11 @@ from npu_fusion.lowerings.triton.norm import add_rms_norm, rms_norm
 from npu_fusion.lowerings.triton.norm_quant import add_rms_norm_quant, rms_norm_quant
 from npu_fusion.lowerings.triton.quant import dynamic_quantize, static_quantize
 from npu_fusion.ops import norm as semantic
-from tests.kernels.agreement import HIDDEN, assert_nearest, strided
+from tests.kernels.agreement import CORES, HIDDEN, assert_nearest, strided
 from tests.ops.checks import check_op
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-CORES, EPS = 4, 1e-5
+EPS = 1e-5
 # Blocks and tiles that are not full; for an NPU a row that is walked.
 planned = pytest.mark.parametrize(("plan", "size"), [("own", (3, 100)), ("own", (17, 64)), ("npu", (1, 1100))], indirect=["plan"], ids=str)
 
@@ -34,8 +34,7 @@ def assert_quantised(q: Tensor, scale: Tensor, norm: Tensor, tolerance: float = 
 
 
 @planned
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize(("dtype", "offset"), [(BF16, 0), (FP32, 1)], ids=str)
 def test_rms_norm_per_token(plan: str, size: tuple[int, int], dtype: torch.dtype, offset: int, device: str) -> None:
     x, _, weight = inputs(size, device, dtype)
     call: dict[str, Any] = {"weight_offset": offset, "divide": bool(offset), "cores": CORES}
@@ -117,8 +116,12 @@ def test_dtypes_of_the_results(device: str) -> None:
     assert rms_norm_quant(x, None, EPS, return_norm=True, cores=CORES)[2].dtype == FP16
 
 
-@pytest.mark.parametrize(("plan", "width"), [("own", 64), ("npu", 1100)], indirect=["plan"], ids=str)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize(
+    ("plan", "width", "bad"),
+    [("own", 64, float("nan")), ("own", 64, float("inf")), ("npu", 1100, float("inf"))],
+    indirect=["plan"],
+    ids=str,
+)
 def test_what_is_not_finite_stays_in_its_row_and_shows_in_its_scale(plan: str, width: int, bad: float, device: str) -> None:
     x, residual, weight = inputs((3, width), device)
     before = add_rms_norm_quant(x, residual, weight, EPS, cores=CORES)
@@ -129,8 +132,7 @@ def test_what_is_not_finite_stays_in_its_row_and_shows_in_its_scale(plan: str, w
         assert torch.equal(b[::2], a[::2])
 
 
-@pytest.mark.parametrize(("plan", "width"), [("own", 64), ("npu", 1100)], indirect=["plan"], ids=str)
-@pytest.mark.parametrize("least", [0.0, 1e-4])
+@pytest.mark.parametrize(("plan", "width", "least"), [("own", 64, 0.0), ("npu", 1100, 1e-4)], indirect=["plan"], ids=str)
 def test_rows_of_zeros(plan: str, width: int, least: float, device: str) -> None:
     x, _, weight = inputs((3, width), device)
     x[1] = 0

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from npu_fusion.lowerings.triton.quant import asymmetric_quantize, dequantize, dynamic_quantize, static_quantize
-from tests.kernels.agreement import HIDDEN, assert_nearest, strided
+from tests.kernels.agreement import CORES, HIDDEN, assert_nearest, strided
 from tests.ops.checks import check_op, tensors_of
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-CORES = 4
 # Blocks that are not full, a tile that is not full; for an NPU two tiles of 32 rows or more, a row that is walked.
 planned = pytest.mark.parametrize(
     ("plan", "size"), [("own", (3, 100)), ("own", (17, 64)), ("npu", (65, 64)), ("npu", (1, 5000))], indirect=["plan"], ids=str
