@@ -12,7 +12,7 @@ from torch import Tensor
 
 from npu_fusion import FusionConfig
 from npu_fusion.kernels.launch import Device, Launch
-from npu_fusion.lower import REFERENCE, providers_of
+from npu_fusion.lower import REFERENCE, Refused, providers_of
 from npu_fusion.lowerings import triton as package
 from npu_fusion.lowerings.triton import checks, define, provide
 from npu_fusion.ops.norm import l2_norm
@@ -177,11 +177,10 @@ def test_on_a_cpu_only_the_interpreter_runs_kernels(monkeypatch: pytest.MonkeyPa
     assert not provide.available(FusionConfig(target="ascend910b"), dry_run=False)
 
 
-def test_a_provider_that_cannot_run_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_interpreter_a_cpu_is_no_business_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     found = lower_call(lambda x: l2_norm(x, 1e-6), torch.ones(2, 4), target="cuda")
-    assert found.provider == REFERENCE
-    assert "the installed Triton has no compiler for cpu" in found.reason
+    assert (found.provider, found.reason) == (REFERENCE, "")
 
 
 def test_cores_of_a_target_that_is_not_here() -> None:
@@ -198,21 +197,40 @@ def test_rank_behind_the_ops_of_ascend() -> None:
     assert next(provider.name for provider in providers_of("rms_norm", "cuda")) == "triton.rms_norm"
 
 
-def test_a_provider_gets_the_cores_that_its_kernels_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    registered: list[Any] = []
-    monkeypatch.setattr(provide, "register_provider", registered.append)
+class Asked:
+    """Stands for a builder: of an H100 that is only shown, or of an NPU that a kernel is to run on."""
+
+    def __init__(self, config: FusionConfig, dry_run: bool) -> None:
+        self.config, self.dry_run = config, dry_run
+
+    def require(self, condition: bool, reason: str) -> None:
+        if not condition:
+            raise Refused(reason)
+
+    def only_if(self, condition: bool) -> None:
+        self.require(condition, "")
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The providers that a test registers, which nobody else sees."""
+    providers: list[Any] = []
+    monkeypatch.setattr(provide, "register_provider", providers.append)
+    return providers
+
+
+def test_a_provider_gets_the_cores_that_its_kernels_use(registered: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provide, "cores_of", lambda config, dry_run: (40, 20))
     seen: list[int] = []
     for matrix in (False, True):
         provide.provides("l2_norm", "test", rank=3, matrix=matrix, launches=2)(lambda b, a, cores: seen.append(cores))
-
-    class Builder:
-        config, dry_run = CUDA, True
-
-        def require(self, condition: bool, reason: str) -> None:
-            assert condition, reason
-
     for provider in registered:
-        provider.lower(Builder(), None)
+        provider.lower(Asked(CUDA, dry_run=True), None)
     assert seen == [40, 40, 20, 20]
     assert [(p.targets[0], p.rank, p.launches) for p in registered[:2]] == [("cuda", 3, 2), ("ascend910b", 13, 2)]
+
+
+def test_a_provider_without_a_compiler_says_so(registered: list[Any]) -> None:
+    provide.provides("l2_norm", "test")(lambda b, a, cores: None)
+    with pytest.raises(Refused, match="the installed Triton has no compiler for npu"):
+        registered[1].lower(Asked(FusionConfig(target="ascend910b"), dry_run=False), None)
