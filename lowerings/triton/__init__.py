@@ -9,7 +9,7 @@ Without Triton nothing is registered, and the other providers of a target are tr
 import importlib
 import importlib.util
 
-FAMILIES = ("norm", "gating", "permute", "conv1d", "glu", "glu_quant", "w4a16", "int8_matmul", "rope", "rope_norm")
+FAMILIES = ("norm", "gating", "permute", "conv1d", "glu", "glu_quant", "w4a16", "int8_matmul", "rope", "rope_norm", "quant", "norm_quant")
 
 
 def load() -> bool:

@@ -5,6 +5,7 @@ A row of a matrix is addressed by a 64-bit offset, what lies within one by 32 bi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +50,12 @@ def check_row_length(op: str, name: str, elements: Any) -> None:
     check_value(op, not statically_known_true(elements >= LIMIT_32), f"a row of {name} has {elements} elements, of which 2^31 - 1 fit")
 
 
+def check_row_count(op: str, name: str, x: Tensor) -> None:
+    """Raise ValueError if a tensor [..., H] is known to have too many rows to be counted by 32 bits."""
+    rows = math.prod(x.shape[:-1])
+    check_value(op, not statically_known_true(rows >= LIMIT_32), f"{name} has {rows} rows, of which 2^31 - 1 fit")
+
+
 def check_cores(op: str, cores: int) -> None:
     check_value(op, cores > 0, f"cores must be positive: {cores}")
 
@@ -61,3 +68,8 @@ def as_rows(x: Tensor, width: int | None = None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1] if width is None else width)
     whole = rows.shape[-1] <= 1 or rows.stride(-1) == 1
     return rows if whole and (rows.stride(0) <= _FARTHEST or rows.shape[0] == 1) else rows.contiguous()
+
+
+def as_vector(x: Tensor | None) -> Tensor | None:
+    """A vector whose elements lie in one piece: itself where they do, else a copy; None for None."""
+    return None if x is None else x.contiguous()
