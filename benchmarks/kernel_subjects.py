@@ -241,7 +241,7 @@ def w4a16(x: Tensor, words: Tensor, scales: Tensor, awq: Tensor, cores: int) -> 
 
 
 def _four_bits() -> Iterator[Subject]:
-    for inputs, outputs in ((2048, 1536), (768, 2048), (4096, 4096)):
+    for inputs, outputs in ((768, 2048), (2048, 1536), (4096, 4096)):
         name = f"w4a16 {inputs} x {outputs}"
         yield Subject(name, _packed(inputs, outputs), w4a16, plain_w4a16, rows=(1, 2, 4, 8), bytes_needed=_packed_bytes)
 
