@@ -180,14 +180,21 @@ def _overlap(area: Iterable[tuple[int, int]], other: Sequence[tuple[int, int]]) 
     return any(start < other_end and other_start < end for start, end in area for other_start, other_end in other)
 
 
+_SYMBOL = "_mlir_ciface_"
+
+
 def device_libraries() -> list[bytes]:
-    """The device libraries of Atlas A2 and A3, which hivmc links (those named .c220 and .c310 are for others)."""
-    return [path.read_bytes() for path in sorted((package() / "lib").glob("meta_op*.bc")) if not re.search(r"\.c\d+\.bc$", path.name)]
+    """The names in the device libraries of Atlas A2 and A3, which hivmc links (those named .c220 and .c310 are for others).
+
+    They lie together at a library's end, after megabytes of code that nobody should search for each function.
+    """
+    found = (path.read_bytes() for path in sorted((package() / "lib").glob("meta_op*.bc")) if not re.search(r"\.c\d+\.bc$", path.name))
+    return [library[library.find(_SYMBOL.encode()) :] for library in found]
 
 
 def missing_functions(module: str, libraries: Iterable[bytes]) -> list[str]:
     """Functions that a module declares and no library defines: hivmc could not link it. Names are in a library's string table."""
     declared = sorted(set(re.findall(r"func\.func private @(\w+)\(", module)))
     libraries = list(libraries)
-    symbols = {name: f"_mlir_ciface_{name.removeprefix('_mlir_ciface_')}".encode() for name in declared}
+    symbols = {name: f"{_SYMBOL}{name.removeprefix(_SYMBOL)}".encode() for name in declared}
     return [name for name in declared if not any(symbols[name] in library for library in libraries)]
