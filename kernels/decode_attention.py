@@ -606,7 +606,8 @@ def _block(sizes: Sizes, rows: int, device: Device) -> tuple[int, dict[str, int]
         return block, {}
     # 16 KiB of keys, and of values; three of each are in flight.
     block = min(max(16384 // (padded * sizes.itemsize), 16 if sizes.itemsize > 2 else 32), 128)
-    return block, {"num_warps": 8 if rows >= 64 else 4, "num_stages": 3}
+    stages = 5 if sizes.page else 3  # a page is looked up two stages before its keys are read
+    return block, {"num_warps": 8 if rows >= 64 else 4, "num_stages": stages}
 
 
 def attention_launch(
