@@ -350,7 +350,7 @@ def attention_kernel(
             if mask_ptr is not None:
                 mask_at = mask_ptr + batch.to(tl.int64) * mask_b + head_of_all * mask_h
                 said = _load_mask(mask_at, token, queries, head, key, stop, mask_t, mask_h, HEADS, TOKENS, GROUP, BLOCK, KEYS_ONLY)
-                if KEYS_ONLY and not ADDITIVE and SKIP:
+                if (KEYS_ONLY and SKIP) and not ADDITIVE:
                     shown = shown & (said != 0)
             visible = shown[None, :]
             k = _load_keys(k_at, pages, batch, key, stop, shown, k_b, k_t, WIDTH, PADDED, BLOCK, PAGE)
