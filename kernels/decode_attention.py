@@ -15,218 +15,9 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from .attention_tile import LAST, extent, finished, load_keys, load_mask, load_queries, masked, store_numbers, store_results
 from .launch import Device, Launch, cube_grid, power_of_2, vector_grid
 from .numeric import tanh
-
-_LAST: tl.constexpr = tl.constexpr(2147483647)
-
-
-@triton.jit
-def _extent(
-    bounds_ptr,
-    lengths_ptr,
-    batch,
-    token,
-    queries,
-    keys,
-    bounds_b,
-    bounds_q,
-    causal_offset,
-    window,
-    TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    FROM_END: tl.constexpr,
-    WINDOW: tl.constexpr,
-):
-    """Which keys the queries from `token` on may see: from `first`, a multiple of BLOCK, to before `stop`, `share` for each split.
-
-    The last of the four is the position of query 0 among the keys.
-    """
-    stop = keys
-    if lengths_ptr is not None:
-        stop = tl.minimum(tl.load(lengths_ptr + batch).to(tl.int32), keys)
-    offset = causal_offset
-    if FROM_END:
-        offset = stop - queries
-    if CAUSAL:
-        stop = tl.minimum(stop, tl.minimum(token + TOKENS, queries) + offset)
-    first = token * 0
-    if WINDOW:
-        first = tl.maximum(first, token + offset - window + 1)
-    if bounds_ptr is not None:
-        tokens = token + tl.arange(0, TOKENS)
-        at = bounds_ptr + batch * bounds_b + tokens * bounds_q
-        first = tl.maximum(first, tl.min(tl.load(at, mask=tokens < queries, other=_LAST), axis=0))
-        stop = tl.minimum(stop, tl.max(tl.load(at + 1, mask=tokens < queries, other=0), axis=0))
-    first = first // BLOCK * BLOCK
-    share = tl.cdiv(tl.cdiv(tl.maximum(stop - first, 0), BLOCK), SPLITS) * BLOCK
-    return first, stop, share, offset
-
-
-@triton.jit
-def _load_rows(
-    ptr,
-    token,
-    queries,
-    head,
-    stride_t,
-    stride_h,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    TOKENS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """A tile of queries as [TOKENS * GROUP, PADDED], with zeros where there is none."""
-    column = tl.arange(0, PADDED)
-    heads = head + tl.arange(0, GROUP)
-    first = ptr + token.to(tl.int64) * stride_t
-    if TOKENS == 1:
-        at = first + heads[:, None] * stride_h + column[None, :]
-        return tl.load(at, mask=(heads < HEADS)[:, None] & (column < WIDTH)[None, :], other=0.0)
-    else:
-        tokens = tl.arange(0, TOKENS)
-        at = first + tokens[:, None, None] * stride_t + heads[None, :, None] * stride_h + column[None, None, :]
-        inside = (token + tokens < queries)[:, None, None] & (heads < HEADS)[None, :, None] & (column < WIDTH)[None, None, :]
-        return tl.reshape(tl.load(at, mask=inside, other=0.0), (TOKENS * GROUP, PADDED))
-
-
-@triton.jit
-def _store_rows(
-    ptr,
-    rows,
-    token,
-    queries,
-    head,
-    stride_t,
-    stride_h,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    TOKENS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Store a tile [TOKENS * GROUP, PADDED] of results, rounded to their dtype."""
-    column = tl.arange(0, PADDED)
-    heads = head + tl.arange(0, GROUP)
-    first = ptr + token.to(tl.int64) * stride_t
-    rows = rows.to(ptr.dtype.element_ty)
-    if TOKENS == 1:
-        at = first + heads[:, None] * stride_h + column[None, :]
-        tl.store(at, rows, mask=(heads < HEADS)[:, None] & (column < WIDTH)[None, :])
-    else:
-        tokens = tl.arange(0, TOKENS)
-        at = first + tokens[:, None, None] * stride_t + heads[None, :, None] * stride_h + column[None, None, :]
-        inside = (token + tokens < queries)[:, None, None] & (heads < HEADS)[None, :, None] & (column < WIDTH)[None, None, :]
-        tl.store(at, tl.reshape(rows, (TOKENS, GROUP, PADDED)), mask=inside)
-
-
-@triton.jit
-def _store_numbers(
-    ptr, numbers, token, queries, head, stride_t, stride_h, HEADS: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr
-):
-    """Store one number for each row of a tile."""
-    heads = head + tl.arange(0, GROUP)
-    first = ptr + token.to(tl.int64) * stride_t
-    if TOKENS == 1:
-        tl.store(first + heads * stride_h, numbers, mask=heads < HEADS)
-    else:
-        tokens = tl.arange(0, TOKENS)
-        at = first + tokens[:, None] * stride_t + heads[None, :] * stride_h
-        inside = (token + tokens < queries)[:, None] & (heads < HEADS)[None, :]
-        tl.store(at, tl.reshape(numbers, (TOKENS, GROUP)), mask=inside)
-
-
-@triton.jit
-def _positions(token, offset, TOKENS: tl.constexpr, GROUP: tl.constexpr):
-    """The position of each row's query among the keys, [TOKENS * GROUP, 1]; [1, 1] for one query."""
-    tokens = token + offset + tl.arange(0, TOKENS)
-    if TOKENS == 1:
-        return tokens[:, None]
-    else:
-        return tl.reshape(tl.broadcast_to(tokens[:, None], (TOKENS, GROUP)), (TOKENS * GROUP, 1))
-
-
-@triton.jit
-def _load_mask(
-    ptr,
-    token,
-    queries,
-    head,
-    key,
-    stop,
-    stride_t,
-    stride_h,
-    HEADS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KEYS_ONLY: tl.constexpr,
-):
-    """What the mask says of a block of keys: [BLOCK] where it says the same to all rows of the tile, else [TOKENS * GROUP, BLOCK]."""
-    keys = key + tl.arange(0, BLOCK)
-    if KEYS_ONLY:
-        return tl.load(ptr + keys, mask=keys < stop, other=0)
-    else:
-        tokens = tl.arange(0, TOKENS)
-        heads = head + tl.arange(0, GROUP)
-        first = ptr + token.to(tl.int64) * stride_t
-        at = first + tokens[:, None, None] * stride_t + heads[None, :, None] * stride_h + keys[None, None, :]
-        inside = (token + tokens < queries)[:, None, None] & (heads < HEADS)[None, :, None] & (keys < stop)[None, None, :]
-        return tl.reshape(tl.load(at, mask=inside, other=0), (TOKENS * GROUP, BLOCK))
-
-
-@triton.jit
-def _load_keys(
-    ptr,
-    table_ptr,
-    batch,
-    key,
-    stop,
-    shown,
-    stride_b,
-    stride_t,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PAGE: tl.constexpr,
-):
-    """Keys (or values) from `key` to before `stop` as [BLOCK, PADDED], with zeros in place of those that are not `shown` to any row.
-
-    `ptr` points to the head, `table_ptr` to the row's pages. PAGE is 0 for keys in one piece.
-    """
-    row = tl.arange(0, BLOCK)
-    column = tl.arange(0, PADDED)
-    if PAGE == 0:
-        at = ptr + batch.to(tl.int64) * stride_b + key.to(tl.int64) * stride_t + row[:, None] * stride_t + column[None, :]
-    elif PAGE % BLOCK == 0:
-        page = tl.load(table_ptr + key // PAGE).to(tl.int64)
-        at = ptr + page * stride_b + (key % PAGE).to(tl.int64) * stride_t + row[:, None] * stride_t + column[None, :]
-    else:
-        page = tl.load(table_ptr + (key + row) // PAGE, mask=key + row < stop, other=0).to(tl.int64)
-        at = ptr + (page * stride_b + ((key + row) % PAGE) * stride_t)[:, None] + column[None, :]
-    if WIDTH == PADDED:
-        return tl.load(at, mask=shown[:, None], other=0.0)
-    else:
-        return tl.load(at, mask=shown[:, None] & (column < WIDTH)[None, :], other=0.0)
-
-
-@triton.jit
-def _finished(total, top, acc, sinks_ptr, head, HEADS: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr):
-    """The weighted sums divided by the sums of weights, with the sinks among these; zeros where no key was seen."""
-    if sinks_ptr is not None:
-        heads = head + tl.arange(0, GROUP)
-        sinks = tl.load(sinks_ptr + heads, mask=heads < HEADS, other=0.0).to(tl.float32)
-        if TOKENS > 1:
-            sinks = tl.reshape(tl.broadcast_to(sinks[None, :], (TOKENS, GROUP)), (TOKENS * GROUP,))
-        highest = tl.maximum(top, sinks)
-        highest = tl.where(highest == float("-inf"), 0.0, highest)
-        factor = tl.exp(top - highest)
-        acc *= factor[:, None]
-        total = total * factor + tl.exp(sinks - highest)
-    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
 
 
 @triton.jit(do_not_specialize=["batches", "kv_heads", "queries", "keys", "causal_offset", "window", "token_tiles"])
@@ -298,8 +89,8 @@ def attention_kernel(
     """softmax(scale * q @ k^T + mask) @ v, or with SPLITS > 1 the parts of it: weighted sums, sums of weights, and maxima.
 
     HEADS query heads share a key head. With ROPE > 0 the logits have a second part, q_rope @ k_rope^T. With LATENT the values are the first
-    VALUE columns of the keys. SKIP leaves out single keys that a mask hides from all rows. `out` is contiguous, [B, Sq, N, VALUE], and with SPLITS > 1 [B, Sq, N, SPLITS, VALUE]; `sums` and `tops` are
-    [B, Sq, N, SPLITS]. Strides in elements: batch or page, head, token.
+    VALUE columns of the keys. SKIP does not read single keys that a mask hides from all rows. `out` is contiguous, [B, Sq, N, VALUE], and
+    with SPLITS > 1 [B, Sq, N, SPLITS, VALUE]; `sums` and `tops` are [B, Sq, N, SPLITS]. Strides in elements: batch or page, head, token.
     """
     HEAD_TILES: tl.constexpr = (HEADS + GROUP - 1) // GROUP
     ROWS: tl.constexpr = TOKENS * GROUP
@@ -311,7 +102,7 @@ def attention_kernel(
         head = tile % HEAD_TILES * GROUP  # within the key head's
         kv_head = tile // HEAD_TILES % kv_heads
         batch = tile // HEAD_TILES // kv_heads
-        first, stop, share, offset = _extent(
+        first, stop, share, offset = extent(
             bounds_ptr,
             lengths_ptr,
             batch,
@@ -333,10 +124,10 @@ def attention_kernel(
         stop = tl.minimum(stop, first + share)
         head_of_all = (kv_head * HEADS).to(tl.int64)
         q_at = q_ptr + batch.to(tl.int64) * q_b + head_of_all * q_h
-        q = _load_rows(q_at, token, queries, head, q_t, q_h, HEADS, WIDTH, PADDED, TOKENS, GROUP)
+        q = load_queries(q_at, token, queries, head, q_t, q_h, HEADS, WIDTH, PADDED, TOKENS, GROUP)
         if ROPE > 0:
             qr_at = q_rope_ptr + batch.to(tl.int64) * qr_b + head_of_all * qr_h
-            q_rope = _load_rows(qr_at, token, queries, head, qr_t, qr_h, HEADS, ROPE, ROPE_PADDED, TOKENS, GROUP)
+            q_rope = load_queries(qr_at, token, queries, head, qr_t, qr_h, HEADS, ROPE, ROPE_PADDED, TOKENS, GROUP)
         k_at = k_ptr + kv_head.to(tl.int64) * k_h
         pages = table_ptr
         if PAGE > 0:
@@ -346,33 +137,39 @@ def attention_kernel(
         acc = tl.zeros((ROWS, VALUE_PADDED), dtype=tl.float32)
         for step in range(0, stop - first, BLOCK):
             key = first + step
+            said = load_mask(
+                mask_ptr,
+                batch,
+                token,
+                queries,
+                head_of_all,
+                head,
+                key,
+                stop,
+                mask_b,
+                mask_t,
+                mask_h,
+                HEADS,
+                TOKENS,
+                GROUP,
+                BLOCK,
+                KEYS_ONLY,
+            )
             shown = key + tl.arange(0, BLOCK) < stop
-            if mask_ptr is not None:
-                mask_at = mask_ptr + batch.to(tl.int64) * mask_b + head_of_all * mask_h
-                said = _load_mask(mask_at, token, queries, head, key, stop, mask_t, mask_h, HEADS, TOKENS, GROUP, BLOCK, KEYS_ONLY)
-                if (KEYS_ONLY and SKIP) and not ADDITIVE:
-                    shown = shown & (said != 0)
-            visible = shown[None, :]
-            k = _load_keys(k_at, pages, batch, key, stop, shown, k_b, k_t, WIDTH, PADDED, BLOCK, PAGE)
+            if SKIP:
+                shown = shown & (said != 0)
+            k = load_keys(k_at, pages, batch, key, stop, shown, k_b, k_t, WIDTH, PADDED, BLOCK, PAGE)
             logits = tl.dot(q, tl.trans(k), input_precision="ieee")
             if ROPE > 0:
                 kr_at = k_rope_ptr + kv_head.to(tl.int64) * kr_h
-                k_rope = _load_keys(kr_at, pages, batch, key, stop, shown, kr_b, kr_t, ROPE, ROPE_PADDED, BLOCK, PAGE)
+                k_rope = load_keys(kr_at, pages, batch, key, stop, shown, kr_b, kr_t, ROPE, ROPE_PADDED, BLOCK, PAGE)
                 logits = tl.dot(q_rope, tl.trans(k_rope), logits, input_precision="ieee")
             logits *= scale
             if SOFTCAP:
                 logits = softcap * tanh(logits / softcap)
-            if mask_ptr is not None and ADDITIVE:
-                logits += said.to(tl.float32)[None, :] if KEYS_ONLY else said.to(tl.float32)
-            elif mask_ptr is not None and not (KEYS_ONLY and SKIP):
-                visible = visible & ((said != 0)[None, :] if KEYS_ONLY else said != 0)
-            if CAUSAL or WINDOW:
-                seen = _positions(token, offset, TOKENS, GROUP) - (key + tl.arange(0, BLOCK))[None, :]  # how far back a key lies
-                if CAUSAL:
-                    visible = visible & (seen >= 0)
-                if WINDOW:
-                    visible = visible & (seen < window)
-            logits = tl.where(visible, logits, float("-inf"))
+            logits = masked(
+                logits, mask_ptr, said, shown, token, offset, key, window, TOKENS, GROUP, BLOCK, CAUSAL, WINDOW, KEYS_ONLY, ADDITIVE
+            )
             higher = tl.maximum(top, tl.max(logits, axis=1))
             base = tl.where(higher == float("-inf"), 0.0, higher)
             weights = tl.exp(logits - base[:, None])
@@ -381,21 +178,25 @@ def attention_kernel(
             if LATENT:
                 v = k
             else:
-                v = _load_keys(v_ptr + kv_head.to(tl.int64) * v_h, pages, batch, key, stop, shown, v_b, v_t, VALUE, VALUE_PADDED, BLOCK, PAGE)
+                v = load_keys(
+                    v_ptr + kv_head.to(tl.int64) * v_h, pages, batch, key, stop, shown, v_b, v_t, VALUE, VALUE_PADDED, BLOCK, PAGE
+                )
             acc = tl.dot(weights.to(v.dtype), v, acc * factor[:, None], input_precision="ieee")
             top = higher
         heads = kv_heads * HEADS
         place = batch.to(tl.int64) * queries * heads + head_of_all
         if SPLITS == 1:
             if sinks_ptr is not None:
-                acc = _finished(total, top, acc, sinks_ptr + head_of_all, head, HEADS, TOKENS, GROUP)
+                acc = finished(total, top, acc, sinks_ptr + head_of_all, head, HEADS, TOKENS, GROUP)
             else:
-                acc = _finished(total, top, acc, None, head, HEADS, TOKENS, GROUP)
-            _store_rows(out_ptr + place * VALUE, acc, token, queries, head, heads * VALUE, VALUE, HEADS, VALUE, VALUE_PADDED, TOKENS, GROUP)
+                acc = finished(total, top, acc, None, head, HEADS, TOKENS, GROUP)
+            store_results(
+                out_ptr + place * VALUE, acc, token, queries, head, heads * VALUE, VALUE, HEADS, VALUE, VALUE_PADDED, TOKENS, GROUP
+            )
         elif first < stop:  # a part without keys is not read
             place = place * SPLITS + split
             row, column = heads * SPLITS, SPLITS
-            _store_rows(
+            store_results(
                 out_ptr + place * VALUE,
                 acc,
                 token,
@@ -409,8 +210,8 @@ def attention_kernel(
                 TOKENS,
                 GROUP,
             )
-            _store_numbers(sums_ptr + place, total, token, queries, head, row, column, HEADS, TOKENS, GROUP)
-            _store_numbers(tops_ptr + place, top, token, queries, head, row, column, HEADS, TOKENS, GROUP)
+            store_numbers(sums_ptr + place, total, token, queries, head, row, column, HEADS, TOKENS, GROUP)
+            store_numbers(tops_ptr + place, top, token, queries, head, row, column, HEADS, TOKENS, GROUP)
 
 
 @triton.jit(do_not_specialize=["rows", "heads", "queries", "keys", "causal_offset", "window"])
@@ -441,7 +242,7 @@ def combine_kernel(
     FROM_END: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Put the parts [rows, SPLITS, VALUE] of `attention_kernel` together, a row being one head of one query; only parts that have keys are read."""
+    """Join the parts [rows, SPLITS, VALUE] of `attention_kernel`; a row is one head of one query. Parts without keys are not read."""
     every = tl.arange(0, SPLITS_PADDED)
     some = tl.arange(0, CHUNK)
     column = tl.arange(0, VALUE_PADDED)
@@ -449,7 +250,7 @@ def combine_kernel(
         head = row % heads
         token = row // heads % queries // TOKENS * TOKENS
         batch = row // heads // queries
-        first, stop, share, offset = _extent(
+        first, stop, share, _ = extent(
             bounds_ptr,
             lengths_ptr,
             batch,
@@ -511,9 +312,9 @@ def mask_bounds_kernel(
     A number that is not above `hidden` hides: the softmax gives such keys weight only if there is no other.
     """
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        first = tl.full((BLOCK,), _LAST, dtype=tl.int32)
+        first = tl.full((BLOCK,), LAST, dtype=tl.int32)
         stop = tl.zeros((BLOCK,), dtype=tl.int32)
-        for head in range(0, heads):
+        for head in range(heads):
             at = mask_ptr + (row // queries).to(tl.int64) * mask_b + (row % queries).to(tl.int64) * mask_t + head * mask_h
             for key in range(0, keys, BLOCK):
                 place = key + tl.arange(0, BLOCK)
@@ -522,7 +323,7 @@ def mask_bounds_kernel(
                     visible = (place < keys) & ~(shown <= hidden)  # a NaN shows
                 else:
                     visible = tl.load(at + place, mask=place < keys, other=0) != 0
-                first = tl.minimum(first, tl.where(visible, place, _LAST))
+                first = tl.minimum(first, tl.where(visible, place, LAST))
                 stop = tl.maximum(stop, tl.where(visible, place + 1, 0))
         begin, end = tl.min(first, axis=0), tl.max(stop, axis=0)
         if ADDITIVE:
@@ -626,7 +427,7 @@ def attention_launch(
 
     Args:
         latent: the values are the first columns of the keys.
-        causal, from_end: key j is visible to query i if j <= i + offset; with `from_end` the offset is that sequence's length less the queries.
+        causal, from_end: key j is visible to query i if j <= i + offset; with `from_end` that is the sequence's length less the queries.
         window, softcap: whether there are.
         keys_only: the mask says the same to all heads and queries.
         additive: the mask is added, not compared.
@@ -638,7 +439,8 @@ def attention_launch(
     widths = {"WIDTH": sizes.width, "PADDED": max(16, power_of_2(sizes.width)), "VALUE_PADDED": max(16, padded)}
     rope = {"ROPE": sizes.rope_width, "ROPE_PADDED": max(16, power_of_2(sizes.rope_width or 1)), "LATENT": latent}
     constants = {"HEADS": sizes.group, "GROUP": tile.group, "PAGE": sizes.page, **widths, **rope}
-    form = {"SOFTCAP": softcap, "KEYS_ONLY": keys_only, "ADDITIVE": additive, "SKIP": device.kind != "npu"}
+    skip = keys_only and not additive and device.kind != "npu"  # there a load by such a mask takes three times the room
+    form = {"SOFTCAP": softcap, "KEYS_ONLY": keys_only, "ADDITIVE": additive, "SKIP": skip}
     tiles = sizes.batch * sizes.kv_heads * -(-sizes.group // tile.group) * tile.token_tiles(sizes.queries)
     walk = Launch(attention_kernel, cube_grid(tiles * tile.splits, device), {**shared, **constants, **form}, tile.options)
     if tile.splits == 1:

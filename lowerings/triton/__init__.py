@@ -9,7 +9,7 @@ Without Triton nothing is registered, and the other providers of a target are tr
 import importlib
 import importlib.util
 
-FAMILIES = ("norm", "decode_attention")
+FAMILIES = ("norm", "attention")
 
 
 def load() -> bool:

@@ -13,7 +13,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from npu_fusion.kernels import decode_attention as kernels
 from npu_fusion.kernels.launch import Device
-from npu_fusion.lowerings.triton.decode_attention import attention, mask_bounds, sdpa
+from npu_fusion.lowerings.triton.attention import sdpa
+from npu_fusion.lowerings.triton.decode_attention import attention, mask_bounds
 from npu_fusion.numerics import assert_within_contract, error_bound, relative_error
 from npu_fusion.ops.attention import attention as semantic
 from tests.ops.checks import assert_same_metadata
@@ -229,6 +230,7 @@ def masks(device: str) -> dict[str, Tensor]:
     added = torch.randn(2, 4, 3, 90, generator=generator).to(device)
     keys = torch.arange(90, device=device)
     padded = (keys >= torch.tensor([[13], [70]], device=device))[:, None, None, :]
+    row = (torch.arange(3, device=device) == 1)[:, None]
     return {
         "all": some,
         "keys": some[:, :1, :1],
@@ -241,10 +243,8 @@ def masks(device: str) -> dict[str, Tensor]:
         "added": added,
         "added fp16": added.half()[:, :1],
         "added -inf": added.masked_fill(~padded, -torch.inf),
-        "hides all with -inf": added.masked_fill(~(some & padded[:1]), -torch.inf).index_fill(2, torch.tensor([1], device=device), -torch.inf),
-        "hides all with a number": torch.zeros_like(added).masked_fill(~padded, torch.finfo(torch.float32).min).index_fill_(
-            2, torch.tensor([2], device=device), torch.finfo(torch.float32).min
-        ),
+        "hides all with -inf": added.masked_fill(~some | row, -torch.inf),
+        "hides all with a number": torch.zeros_like(added).masked_fill(~padded | row, torch.finfo(torch.float32).min),
     }
 
 
