@@ -12,7 +12,6 @@ from tests.ascend_gate.case import Case
 A2 = Device("npu", cores=40, cube_cores=20)
 SIZES = ("batches", "kv_heads", "queries", "keys", "token_tiles", "causal_offset", "window")
 STRIDES = ("q", "qr", "k", "kr", "v", "mask")
-WALKS = "the walk over a sequence's blocks of keys, which its length ends"
 
 
 def _launches(sizes: attention.Sizes, **plan: Any) -> tuple[Launch, Launch | None]:
@@ -78,6 +77,12 @@ def cases() -> Iterator[Case]:
     yield _walk("attention bf16 sinks, window", _launches(wide, window=True, causal=True, from_end=True)[0], "bf16", sinks=True)
     few = attention.Sizes(16, 8, 4, 4, 4096, 128, 128, page=128)
     yield _walk("attention bf16 4 queries, causal from the end", _launches(few, causal=True, from_end=True)[0], "bf16")
+    prompt = attention.Sizes(2, 8, 4, 512, 512, 128, 128)
+    yield _walk("attention bf16 bool mask of each query", _launches(prompt)[0], "bf16", mask="*i8", bounds=True)
+    odd = attention.Sizes(4, 2, 7, 1, 4096, 80, 80, page=128)
+    yield _walk("attention fp16 paged 14/2 x 80", _launches(odd)[0], "fp16")
+    joined = attention.Sizes(4, 16, 1, 512, 512, 128, 128, rope_width=64)
+    yield _walk("attention bf16 keys in two parts, causal", _launches(joined, causal=True)[0], "bf16")
     for heads in (16, 128):
         latent = attention.Sizes(16, 1, heads, 1, 4096, 512, 512, rope_width=64, page=128)
         yield _walk(f"attention bf16 latent, {heads} heads", _launches(latent, latent=True)[0], "bf16")
@@ -89,4 +94,4 @@ def cases() -> Iterator[Case]:
         types = {"mask_ptr": "*bf16" if additive else "*i8", "bounds_ptr": "*i32", "hidden": "fp32"}
         numbers = dict.fromkeys(("rows", "queries", "heads", "keys", "mask_b", "mask_h", "mask_t"), "i32")
         launch = attention.mask_bounds_launch(16, 8192, A2, additive=additive)
-        yield Case(f"mask_bounds {'bf16' if additive else 'bool'}", launch, types | numbers, loops=(0,), note="over the heads of a mask")
+        yield Case(f"mask_bounds {'bf16' if additive else 'bool'}", launch, types | numbers)
