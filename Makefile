@@ -13,12 +13,12 @@ CARRY_PYTEST := \
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint format types unit gpu-test coverage bench launches
+.PHONY: help demo test lint format types unit gpu-test coverage bench launches kernels
 
 help:
 	@echo "make demo      compile two real models, show what fused, check against eager"
 	@echo "make test      lint, types and all tests that this machine can run"
-	@echo "make lint | types | unit | format | gpu-test | coverage | bench | launches"
+	@echo "make lint | types | unit | format | gpu-test | coverage | bench | launches | kernels"
 
 demo:
 	$(RUN) examples/demo.py
@@ -39,7 +39,7 @@ types:
 # Torch, hypothesis and others are stricter where CI is set; what CI would refuse is to be refused here.
 unit: export CI ?= 1
 unit:
-	$(RUN) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadgroup) $(PYTEST_ARGS)
+	$(RUN) -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadgroup --no-loadscope-reorder) $(PYTEST_ARGS)
 
 # Needs nothing but torch, triton and pytest beside the clone, so that it runs where nothing can be installed. NPU_FUSION_PYTHON defaults to
 # the machine's own python3.
@@ -57,3 +57,7 @@ bench:
 # On the virtual NPU, in the environment that has torch_npu (tools/environment.py npu).
 launches:
 	$(RUN) benchmarks/launches.py
+
+# By the compiler in the environment that has triton-ascend (tools/environment.py ascend).
+kernels:
+	$(RUN) -m tests.ascend_gate.table docs/kernels.md

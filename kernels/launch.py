@@ -68,3 +68,8 @@ def dividing_block(size: int, least: int, most: int) -> int:
     while block > least and size % block:
         block //= 2
     return block if size % block == 0 else most
+
+
+def product_columns(tiles_down: int, outputs: int, device: Device) -> int:
+    """Columns of a tile of a matrix product on a GPU, 128 to 32: so few that every multiprocessor gets a tile, if so many there are."""
+    return next((size for size in (128, 64) if tiles_down * -(-outputs // size) >= 0.9 * device.cores), 32)

@@ -241,6 +241,7 @@ def layer_norm_kernel(
     BLOCK: tl.constexpr,
     ROUND: tl.constexpr,
     PRODUCT: tl.constexpr,
+    BIASED: tl.constexpr,
 ):
     """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias; the variance is of what is left after the mean, never a difference."""
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
@@ -249,7 +250,7 @@ def layer_norm_kernel(
             x = load_tile(x_ptr, x_stride, row, rows, 0, HIDDEN, ROWS, BLOCK).to(tl.float32)
             x = _centred(x, tl.sum(x, axis=1) / HIDDEN, 0, HIDDEN, BLOCK)
             xhat = x * tl.rsqrt(tl.sum(x * x, axis=1) / HIDDEN + eps)[:, None]
-            _affine(xhat, weight_ptr, bias_ptr, y_ptr, row, rows, 0, HIDDEN, ROWS, BLOCK, ROUND, PRODUCT)
+            _affine(xhat, weight_ptr, bias_ptr, y_ptr, row, rows, 0, HIDDEN, ROWS, BLOCK, ROUND, PRODUCT, BIASED)
         else:
             total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
             for column in range(0, HIDDEN, BLOCK):
@@ -264,7 +265,7 @@ def layer_norm_kernel(
             for column in range(0, HIDDEN, BLOCK):
                 x = load_tile(x_ptr, x_stride, row, rows, column, HIDDEN, ROWS, BLOCK).to(tl.float32)
                 xhat = (x - mean[:, None]) * factor
-                _affine(xhat, weight_ptr, bias_ptr, y_ptr, row, rows, column, HIDDEN, ROWS, BLOCK, ROUND, PRODUCT)
+                _affine(xhat, weight_ptr, bias_ptr, y_ptr, row, rows, column, HIDDEN, ROWS, BLOCK, ROUND, PRODUCT, BIASED)
 
 
 @triton.jit
@@ -290,11 +291,12 @@ def _affine(
     BLOCK: tl.constexpr,
     ROUND: tl.constexpr,
     PRODUCT: tl.constexpr,
+    BIASED: tl.constexpr,
 ):
-    """Store xhat * weight + bias."""
+    """Store xhat * weight + bias, which is rounded to BIASED."""
     y = weighted(xhat, weight_ptr, column, WIDTH, BLOCK, 0, ROUND, PRODUCT)
     if bias_ptr is not None:
-        y += load_vector(bias_ptr, column, WIDTH, BLOCK)
+        y = rounded(y + load_vector(bias_ptr, column, WIDTH, BLOCK), BIASED)
     store_tile(y_ptr, y, WIDTH, row, rows, column, WIDTH, ROWS, BLOCK)
 
 
@@ -341,12 +343,15 @@ def row_tiles(rows: int, hidden: int, device: Device, *, whole: int, chunk: int)
         chunk: the longest block in which it walks a longer one.
     """
     block = power_of_2(hidden)
+    most_rows = power_of_2(-(-rows // device.cores))  # a tile has several rows only where every core has some
     if device.kind == "npu":
         if block > whole:
             block = dividing_block(hidden, min(1024, chunk), chunk)
-        tile_rows = max(1, chunk // block) if block <= chunk else 1
+        tile_rows = min(max(1, chunk // block), most_rows)
         return vector_grid(-(-rows // tile_rows), device), {"ROWS": tile_rows, "BLOCK": block}, {}
-    tile_rows = max(1, 1024 // block)
+    if block > 32768:  # more than the registers of 16 warps hold
+        block = dividing_block(hidden, 4096, 16384)
+    tile_rows = min(max(1, 1024 // block), most_rows)
     warps = min(max(tile_rows * block // 512, 1), 16)
     return vector_grid(-(-rows // tile_rows), device), {"ROWS": tile_rows, "BLOCK": block}, {"num_warps": warps}
 
@@ -400,10 +405,18 @@ def add_rms_norm_launch(
     )
 
 
-def layer_norm_launch(rows: int, hidden: int, device: Device, *, round_to: str | None = None, product: str | None = None) -> Launch:
-    """`layer_norm_kernel` for [rows, hidden]."""
+def layer_norm_launch(
+    rows: int, hidden: int, device: Device, *, round_to: str | None = None, product: str | None = None, biased: str | None = None
+) -> Launch:
+    """`layer_norm_kernel` for [rows, hidden].
+
+    Args:
+        round_to, product: as in `rms_norm_launch`.
+        biased: dtype to which the sum with the bias is rounded in between.
+    """
     grid, tile, options = row_tiles(rows, hidden, device, whole=4096, chunk=4096)
-    return Launch(layer_norm_kernel, grid, {"HIDDEN": hidden, **tile, "ROUND": dtype_of(round_to), "PRODUCT": dtype_of(product)}, options)
+    rounding = {"ROUND": dtype_of(round_to), "PRODUCT": dtype_of(product), "BIASED": dtype_of(biased)}
+    return Launch(layer_norm_kernel, grid, {"HIDDEN": hidden, **tile, **rounding}, options)
 
 
 def l2_norm_launch(rows: int, hidden: int, device: Device, *, limit: bool = False) -> Launch:

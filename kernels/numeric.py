@@ -60,9 +60,9 @@ def activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "tanh":
         y = tanh(x)
     elif ACTIVATION == "relu":
-        y = tl.where(x > 0, x, 0.0 * x)  # a NaN stays one
+        y = tl.where(x < 0, 0.0, x)  # a NaN stays one
     elif ACTIVATION == "relu2":
-        y = tl.where(x > 0, x * x, 0.0 * x)
+        y = tl.where(x < 0, 0.0, x * x)
     else:
         tl.static_assert(ACTIVATION == "identity", "unknown activation")
         y = x

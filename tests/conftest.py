@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Fast tests first; tests marked `gpu` only where there is a CUDA device.
+    """Fast tests first, of the slow ones those that one process must run together; tests marked `gpu` only where there is a CUDA device.
 
     They are deselected rather than skipped: a machine without a GPU has nothing to say about them.
     """
@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         on_gpu = [item for item in items if item.get_closest_marker("gpu")]
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=on_gpu)
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    items.sort(key=lambda item: 0 if not item.get_closest_marker("slow") else 1 if item.get_closest_marker("xdist_group") else 2)
 
 
 @pytest.fixture(autouse=True)

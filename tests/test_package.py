@@ -109,9 +109,10 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(module, "REQUIREMENTS", {name: tmp_path / f"{name}.txt" for name in ("main", "npu")})
+    monkeypatch.setattr(module, "REQUIREMENTS", {name: tmp_path / f"{name}.txt" for name in ("main", "npu", "ascend")})
     module.REQUIREMENTS["main"].write_text("torch==2.13.0\n")
     module.REQUIREMENTS["npu"].write_text("torch==2.13.0\ntorch_npu==2.13.0\n")
+    module.REQUIREMENTS["ascend"].write_text("triton-ascend==3.2.0\n")
 
     def build(folder: Path, requirements: Path) -> None:
         time.sleep(0.2)  # long enough for other callers to arrive
@@ -137,22 +138,23 @@ def test_environment_is_another_for_other_requirements(environment: ModuleType) 
     first = environment.ensure()
     environment.REQUIREMENTS["main"].write_text("torch==2.11.0\n")
     second = environment.ensure()
-    npu = environment.ensure("npu")
-    assert len({first, second, npu}) == 3
+    others = [environment.ensure(name) for name in ("npu", "ascend")]
+    assert len({first, second, *others}) == 4
     assert first.exists()
 
 
+@pytest.mark.parametrize(("name", "variable"), [("npu", "NPU_FUSION_NPU_PYTHON"), ("ascend", "NPU_FUSION_ASCEND_PYTHON")])
 def test_an_existing_python_stands_in_for_an_environment(
-    environment: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    environment: ModuleType, name: str, variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["environment.py", "npu"])
-    monkeypatch.setenv("NPU_FUSION_NPU_PYTHON", "elsewhere/python")
+    monkeypatch.setattr(sys, "argv", ["environment.py", name])
+    monkeypatch.setenv(variable, "elsewhere/python")
     environment.main()
     assert capsys.readouterr().out == "elsewhere/python\n"
     assert not (tmp_path / "builds").exists()
-    monkeypatch.delenv("NPU_FUSION_NPU_PYTHON")
+    monkeypatch.delenv(variable)
     environment.main()
-    assert capsys.readouterr().out == f"{environment.ensure('npu')}\n"
+    assert capsys.readouterr().out == f"{environment.ensure(name)}\n"
 
 
 def test_half_a_build_is_not_used(environment: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
     python3 tools/environment.py         what the package needs and what tests it: tools/requirements.txt
     python3 tools/environment.py npu     the same with torch_npu, for the virtual NPU of tests/virtual_npu: tools/requirements-npu.txt
+    python3 tools/environment.py ascend  Triton's Ascend compiler, for the compile gate of tests/ascend_gate: tools/requirements-ascend.txt
 
 An environment lies outside the clone, in `${XDG_CACHE_HOME:-~/.cache}/npu-fusion/<key>`, and is shared by all clones with the same
 requirements, Python and machine type. The package itself is not in it: one clone's code must not be seen by another (tools/run adds the
@@ -23,8 +24,16 @@ import venv
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-REQUIREMENTS = {"main": HERE / "requirements.txt", "npu": HERE / "requirements-npu.txt"}
-OVERRIDES = {"main": "NPU_FUSION_PYTHON", "npu": "NPU_FUSION_NPU_PYTHON"}  # variables that name an existing environment's Python
+REQUIREMENTS = {
+    "main": HERE / "requirements.txt",
+    "npu": HERE / "requirements-npu.txt",
+    "ascend": HERE / "requirements-ascend.txt",
+}
+OVERRIDES = {  # variables that name an existing environment's Python
+    "main": "NPU_FUSION_PYTHON",
+    "npu": "NPU_FUSION_NPU_PYTHON",
+    "ascend": "NPU_FUSION_ASCEND_PYTHON",
+}
 
 
 def cache_root() -> Path:

@@ -21,9 +21,7 @@ from torch.fx import Node
 
 from ...layout import memory_of, only_reader, row_major
 from ...lower import Arguments, Builder
-from . import sgl
-from .provide import Npu, keeps_rounding, provides
-from .rope_tables import (
+from ..rope_tables import (
     Heads,
     Rotation,
     as_heads,
@@ -36,6 +34,8 @@ from .rope_tables import (
     tables_of,
     with_batch,
 )
+from . import sgl
+from .provide import Npu, keeps_rounding, provides
 from .table import ascend_ops
 
 aten = torch.ops.aten

@@ -126,6 +126,12 @@ def _strides(tensor: Tensor | None) -> tuple[int, int, int]:
     return batch, head, token
 
 
+def _operand(tensor: Tensor | None) -> Tensor | None:
+    """What is multiplied, dense; in fp32 for Triton's interpreter, which is all that runs on a CPU: its products of bfloat16 are wrong."""
+    wide = tensor is not None and tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16
+    return _dense(tensor.float() if tensor is not None and wide else tensor)
+
+
 def _dense(tensor: Tensor | None) -> Tensor | None:
     """The tensor if its rows are in one piece each, else a copy."""
     return tensor if tensor is None or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
@@ -198,8 +204,8 @@ def attention(
     out = empty_token_major(query, batch, heads, queries, values.shape[3], out_dtype or query.dtype)
     if out.numel() == 0:
         return out
-    query, key, values, query_rope = (_dense(tensor) for tensor in (query, key, values, query_rope))  # type: ignore[assignment]
-    key_rope = _dense(key_rope)
+    query, key, values, query_rope = (_operand(tensor) for tensor in (query, key, values, query_rope))  # type: ignore[assignment]
+    key_rope = _operand(key_rope)
     masks = None if mask is None else _as_mask(mask, (batch, heads, queries, call.keys))
     mask_strides = _strides(masks)
     bound_strides = _strides(None if bounds is None else bounds.contiguous())

@@ -10,8 +10,8 @@ from torch.fx import Node
 
 from ...kernels import norm as kernels
 from ...lower import Arguments, Builder
-from ...ops._common import check_choice, check_min_rank, check_sizes, check_value
-from .checks import FLOATS, as_rows, check_cores, check_dtypes, check_row_length, check_together, name_of
+from ...ops._common import check_choice, check_min_rank, check_sizes, check_type, check_value, known_different
+from .checks import FLOATS, as_rows, as_vector, check_cores, check_dtypes, check_row_count, check_row_length, check_together, name_of
 from .define import device_for, launch, triton_op
 from .provide import provides
 
@@ -24,9 +24,10 @@ def _check(
     """What all of the family demand: x [..., H] first, vectors [H], and tensors of the shape of x."""
     check_min_rank(op, 1, x=x)
     check_dtypes(op, FLOATS, x=x, **vectors, **matrices)
-    check_value(op, out_dtype in FLOATS, f"out_dtype must be one of float16, bfloat16, float32, not {out_dtype}")
+    check_float_dtypes(op, out_dtype=out_dtype)
     check_together(op, x=x, **vectors, **matrices)
     check_row_length(op, "x", x.shape[-1])
+    check_row_count(op, "x", x)
     check_cores(op, cores)
     for name, vector in vectors.items():
         if vector is not None:
@@ -36,8 +37,14 @@ def _check(
             check_sizes(op, name, matrix.shape, x.shape)
 
 
-def _product(rounds: torch.dtype | None, weight: Tensor | None) -> torch.dtype | None:
-    """The dtype in which a normalised x that was rounded is multiplied by the weight."""
+def check_float_dtypes(op: str, **dtypes: torch.dtype | None) -> None:
+    """Raise TypeError unless every given dtype is one of the kernels'."""
+    for name, dtype in dtypes.items():
+        check_type(op, dtype is None or dtype in FLOATS, f"{name} must be one of float16, bfloat16, float32, not {dtype}")
+
+
+def product_dtype(rounds: torch.dtype | None, weight: Tensor | None) -> torch.dtype | None:
+    """The dtype of a normalised x that was rounded and then multiplied by the weight (or added to the bias); None where neither."""
     return None if rounds is None or weight is None else torch.promote_types(rounds, weight.dtype)
 
 
@@ -70,10 +77,10 @@ def rms_norm(
 
     Raises:
         TypeError: a dtype is none of the three.
-        ValueError: a shape does not fit, tensors lie on several devices, or a row has 2^31 elements or more.
+        ValueError: a shape or choice does not fit, tensors lie on several devices, or there are 2^31 rows, or elements in a row, or more.
     """
     dtype = out_dtype or x.dtype
-    _check_rms_norm(x, weight, gate, gate_activation, group_size, dtype, cores)
+    _check_rms_norm(x, weight, weight_offset, gate, gate_activation, gate_first, group_size, round_dtype, dtype, cores)
     y = x.new_empty(x.shape, dtype=dtype)
     if y.numel() == 0:
         return y
@@ -89,13 +96,13 @@ def rms_norm(
         gate=None if gate is None else gate_activation,
         gate_first=gate_first,
         round_to=name_of(round_dtype),
-        product=name_of(_product(round_dtype, weight)),
+        product=name_of(product_dtype(round_dtype, weight)),
     )
     launch(
         plan,
         x,
         x_ptr=xs,
-        weight_ptr=weight,
+        weight_ptr=as_vector(weight),
         gate_ptr=gates,
         y_ptr=y,
         rows=xs.shape[0],
@@ -108,11 +115,31 @@ def rms_norm(
 
 
 def _check_rms_norm(
-    x: Tensor, weight: Tensor | None, gate: Tensor | None, gate_activation: str, group_size: int, out_dtype: torch.dtype, cores: int
+    x: Tensor,
+    weight: Tensor | None,
+    weight_offset: int,
+    gate: Tensor | None,
+    gate_activation: str,
+    gate_first: bool,
+    group_size: int,
+    round_dtype: torch.dtype | None,
+    out_dtype: torch.dtype,
+    cores: int,
 ) -> None:
-    _check("rms_norm", x, {"weight": weight}, {"gate": gate}, out_dtype, cores)
-    check_choice("rms_norm", "gate_activation", gate_activation, ("silu", "sigmoid"))
-    check_value("rms_norm", group_size >= 0, f"group_size must not be negative: {group_size}")
+    op = "rms_norm"
+    _check(op, x, {"weight": weight}, {"gate": gate}, out_dtype, cores)
+    check_float_dtypes(op, round_dtype=round_dtype)
+    check_offset(op, weight, weight_offset)
+    check_choice(op, "gate_activation", gate_activation, ("silu", "sigmoid"))
+    check_value(op, gate is not None or not gate_first, "gate_first needs a gate")
+    check_value(op, group_size >= 0, f"group_size must not be negative: {group_size}")
+    if group_size:
+        check_value(op, not known_different(x.shape[-1] % group_size, 0), f"group_size {group_size} does not divide the last dimension")
+
+
+def check_offset(op: str, weight: Tensor | None, weight_offset: int) -> None:
+    check_choice(op, "weight_offset", weight_offset, (0, 1))
+    check_value(op, weight is not None or weight_offset == 0, "weight_offset needs a weight")
 
 
 @rms_norm.fake
@@ -131,7 +158,7 @@ def _(
     cores: int,
 ) -> Tensor:
     dtype = out_dtype or x.dtype
-    _check_rms_norm(x, weight, gate, gate_activation, group_size, dtype, cores)
+    _check_rms_norm(x, weight, weight_offset, gate, gate_activation, gate_first, group_size, round_dtype, dtype, cores)
     return x.new_empty(x.shape, dtype=dtype)
 
 
@@ -166,7 +193,7 @@ def add_rms_norm(
         as `rms_norm`.
     """
     total_dtype, dtype = _sum_dtypes(x, residual, sum_dtype, out_dtype)
-    _check("add_rms_norm", x, {"weight": weight, "bias": bias}, {"residual": residual}, dtype, cores)
+    _check_add_rms_norm(x, residual, weight, bias, weight_offset, total_dtype, round_dtype, dtype, cores)
     y, total = x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=total_dtype)
     if y.numel() == 0:
         return y, total
@@ -179,15 +206,15 @@ def add_rms_norm(
         weight_offset=weight_offset,
         unrounded=norm_unrounded,
         round_to=name_of(round_dtype),
-        product=name_of(_product(round_dtype, weight)),
+        product=name_of(product_dtype(round_dtype, weight)),
     )
     launch(
         plan,
         x,
         x_ptr=xs,
         residual_ptr=residuals,
-        weight_ptr=weight,
-        bias_ptr=bias,
+        weight_ptr=as_vector(weight),
+        bias_ptr=as_vector(bias),
         y_ptr=y,
         sum_ptr=total,
         rows=xs.shape[0],
@@ -196,6 +223,23 @@ def add_rms_norm(
         eps=eps,
     )
     return y, total
+
+
+def _check_add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    weight_offset: int,
+    sum_dtype: torch.dtype,
+    round_dtype: torch.dtype | None,
+    out_dtype: torch.dtype,
+    cores: int,
+) -> None:
+    op = "add_rms_norm"
+    _check(op, x, {"weight": weight, "bias": bias}, {"residual": residual}, out_dtype, cores)
+    check_float_dtypes(op, sum_dtype=sum_dtype, round_dtype=round_dtype)
+    check_offset(op, weight, weight_offset)
 
 
 def _sum_dtypes(
@@ -222,7 +266,7 @@ def _(
     cores: int,
 ) -> tuple[Tensor, Tensor]:
     total_dtype, dtype = _sum_dtypes(x, residual, sum_dtype, out_dtype)
-    _check("add_rms_norm", x, {"weight": weight, "bias": bias}, {"residual": residual}, dtype, cores)
+    _check_add_rms_norm(x, residual, weight, bias, weight_offset, total_dtype, round_dtype, dtype, cores)
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=total_dtype)
 
 
@@ -253,13 +297,18 @@ def layer_norm(
     """
     dtype = out_dtype or x.dtype
     _check("layer_norm", x, {"weight": weight, "bias": bias}, {}, dtype, cores)
+    check_float_dtypes("layer_norm", round_dtype=round_dtype)
     y = x.new_empty(x.shape, dtype=dtype)
     if y.numel() == 0:
         return y
     xs = as_rows(x)
-    product = name_of(_product(round_dtype, weight))
-    plan = kernels.layer_norm_launch(xs.shape[0], xs.shape[1], device_for(x, cores), round_to=name_of(round_dtype), product=product)
-    launch(plan, x, x_ptr=xs, weight_ptr=weight, bias_ptr=bias, y_ptr=y, rows=xs.shape[0], x_stride=xs.stride(0), eps=eps)
+    product = product_dtype(round_dtype, weight)
+    biased = product_dtype(product or round_dtype, bias)
+    rounding = {"round_to": name_of(round_dtype), "product": name_of(product), "biased": name_of(biased)}
+    plan = kernels.layer_norm_launch(xs.shape[0], xs.shape[1], device_for(x, cores), **rounding)
+    launch(
+        plan, x, x_ptr=xs, weight_ptr=as_vector(weight), bias_ptr=as_vector(bias), y_ptr=y, rows=xs.shape[0], x_stride=xs.stride(0), eps=eps
+    )
     return y
 
 
@@ -276,6 +325,7 @@ def _(
 ) -> Tensor:
     dtype = out_dtype or x.dtype
     _check("layer_norm", x, {"weight": weight, "bias": bias}, {}, dtype, cores)
+    check_float_dtypes("layer_norm", round_dtype=round_dtype)
     return x.new_empty(x.shape, dtype=dtype)
 
 
@@ -327,6 +377,12 @@ def _one_of(b: Builder, **tensors: Node | None) -> None:
         b.require(node is None or b.val(node).dtype in FLOATS, f"{name} is {None if node is None else b.val(node).dtype}")
 
 
+def _results(b: Builder, *dtypes: torch.dtype | None) -> None:
+    """Refuse dtypes of results that the kernels do not write."""
+    for dtype in dtypes:
+        b.require(dtype is None or dtype in FLOATS, f"a result is {dtype}")
+
+
 def _width(b: Builder, x: Node) -> None:
     b.require(isinstance(b.val(x).shape[-1], int), "the last dimension is symbolic: a kernel is compiled for its size")
 
@@ -334,13 +390,17 @@ def _width(b: Builder, x: Node) -> None:
 def _rounding(b: Builder, a: Arguments) -> torch.dtype | None:
     """Where the normalised x is rounded: nowhere, unless the configuration asks for the model's own rounding."""
     rounds: torch.dtype | None = a.round_dtype
-    return rounds if b.config.rounding == "exact" else None
+    if b.config.rounding != "exact":
+        return None
+    b.require(rounds is None or rounds in FLOATS, f"the model rounds to {rounds} before the weight: rounding is 'exact'")
+    return rounds
 
 
 @provides("rms_norm", "triton.rms_norm")
 def _rms_norm(b: Builder, a: Arguments, cores: int) -> Node:
     _one_of(b, x=a.x, weight=a.weight, gate=a.gate)
     _width(b, a.x)
+    _results(b, a.out_dtype)
     gating: dict[str, Any] = {"gate": a.gate, "gate_activation": a.gate_activation, "gate_first": a.gate_first, "group_size": a.group_size}
     rounding = {"round_dtype": _rounding(b, a), "out_dtype": a.out_dtype or b.val(a.x).dtype}
     return b.emit(rms_norm.overload, a.x, a.weight, a.eps, weight_offset=a.weight_offset, **gating, **rounding, cores=cores)
@@ -350,6 +410,7 @@ def _rms_norm(b: Builder, a: Arguments, cores: int) -> Node:
 def _add_rms_norm(b: Builder, a: Arguments, cores: int) -> list[Node]:
     _one_of(b, x=a.x, residual=a.residual, weight=a.weight, bias=a.bias)
     _width(b, a.x)
+    _results(b, a.sum_dtype, a.out_dtype)
     call = b.emit(
         add_rms_norm.overload,
         a.x,
@@ -371,6 +432,7 @@ def _add_rms_norm(b: Builder, a: Arguments, cores: int) -> list[Node]:
 def _layer_norm(b: Builder, a: Arguments, cores: int) -> Node:
     _one_of(b, x=a.x, weight=a.weight, bias=a.bias)
     _width(b, a.x)
+    _results(b, a.out_dtype)
     return b.emit(layer_norm.overload, a.x, a.weight, a.bias, a.eps, round_dtype=_rounding(b, a), out_dtype=a.out_dtype, cores=cores)
 
 
@@ -378,4 +440,5 @@ def _layer_norm(b: Builder, a: Arguments, cores: int) -> Node:
 def _l2_norm(b: Builder, a: Arguments, cores: int) -> Node:
     _one_of(b, x=a.x)
     _width(b, a.x)
+    _results(b, a.out_dtype)
     return b.emit(l2_norm.overload, a.x, a.eps, eps_mode=a.eps_mode, scale=a.scale, out_dtype=a.out_dtype, cores=cores)

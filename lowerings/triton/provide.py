@@ -44,7 +44,9 @@ def provides(op: str, name: str, *, rank: int = 0, matrix: bool = False, launche
     def declare(function: Lowering) -> Lowering:
         @functools.wraps(function)
         def lower(b: Builder, a: Arguments) -> Node | Sequence[Node | None]:
-            b.require(available(b.config, b.dry_run), f"the installed Triton has no compiler for {device_of(b.config)}")
+            device = device_of(b.config)
+            b.only_if(b.dry_run or device != "cpu" or interprets())
+            b.require(available(b.config, b.dry_run), f"the installed Triton has no compiler for {device}")
             return function(b, a, cores_of(b.config, b.dry_run)[matrix])
 
         ascend = tuple(target for target in TARGETS if target.startswith("ascend"))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from npu_fusion.kernels.launch import Device
 
 
 @pytest.fixture(autouse=True)
@@ -20,3 +23,13 @@ def _poisoned_memory() -> Iterator[None]:
 def device() -> str:
     """Where kernels run: on the GPU, or on the CPU by Triton's interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["own", "npu"])
+def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As which device kernels are planned: as the one they run on, or as an NPU of two cores, which take turns with tiles and walk rows."""
+    if request.param == "npu":
+        for name, module in list(sys.modules.items()):
+            if name.startswith("npu_fusion.lowerings.triton.") and not name.endswith(".define") and hasattr(module, "device_for"):
+                monkeypatch.setattr(module, "device_for", lambda tensor, cores: Device("npu", 2, 2))
+    return str(request.param)

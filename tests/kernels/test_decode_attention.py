@@ -63,13 +63,13 @@ def paged(cache: Tensor, page: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width", "value_width"), [(1, 1, 16, 16), (3, 1, 40, 24), (8, 2, 64, 64), (32, 1, 32, 48), (2, 2, 80, 80)]
 )
-def test_heads_and_widths(device: str, heads: int, kv_heads: int, width: int, value_width: int) -> None:
+def test_heads_and_widths(device: str, plan: str, heads: int, kv_heads: int, width: int, value_width: int) -> None:
     shapes = (2, heads, 1, width), (2, kv_heads, 45, width), (2, kv_heads, 45, value_width)
     check(*tensors(device, *shapes))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("queries", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 5])
 def test_few_queries(device: str, dtype: torch.dtype, queries: int) -> None:
     check(*tensors(device, (2, 6, queries, 32), (2, 2, 33, 32), (2, 2, 33, 32), dtype=dtype), is_causal=True, causal_offset=33 - queries)
 
@@ -139,7 +139,7 @@ def test_plan_fills_the_device() -> None:
 
 
 @pytest.mark.parametrize("page", [16, 32, 48, 128])
-def test_pages(device: str, page: int) -> None:
+def test_pages(device: str, plan: str, page: int) -> None:
     index = torch.int64 if page == 48 else torch.int32
     query, key, value = tensors(device, (2, 4, 1, 64), (2, 2, 3 * page, 64), (2, 2, 3 * page, 64))
     keys, table = paged(key, page)
@@ -162,7 +162,7 @@ def test_what_lies_past_the_length_has_no_effect(device: str, cores: int) -> Non
     assert clean[1].count_nonzero() == 0
 
 
-def test_latent_heads(device: str) -> None:
+def test_latent_heads(device: str, plan: str) -> None:
     """Absorbed MLA: 5 heads share one latent, whose columns are the values, and one rotary part."""
     query, query_rope, latent, rope = tensors(device, (2, 5, 1, 64), (2, 5, 1, 16), (2, 1, 96, 64), (2, 1, 96, 16))
     lengths = torch.tensor([96, 41], device=device)
@@ -212,7 +212,7 @@ def test_structure(device: str, causal: bool, window: int) -> None:
         check(*inputs, is_causal=causal, causal_offset=offset, window=window)
 
 
-def test_queries_at_the_end_of_each_sequence(device: str) -> None:
+def test_queries_at_the_end_of_each_sequence(device: str, plan: str) -> None:
     query, key, value = tensors(device, (3, 2, 3, 32), (3, 1, 50, 32), (3, 1, 50, 32))
     lengths = torch.tensor([50, 17, 2], device=device)  # the first of the last sequence's queries sees nothing
     ends = lengths[:, None] - 3 + torch.arange(3, device=device)
@@ -257,7 +257,7 @@ def test_masks(device: str, name: str, bounded: bool) -> None:
     check(query, key, value, mask=mask, bounds=bounds, truth={"mask": mask.double() if mask.is_floating_point() else mask})
 
 
-def test_mask_with_bounds_in_parts(device: str) -> None:
+def test_mask_with_bounds_in_parts(device: str, plan: str) -> None:
     """A static cache of which little is filled: the parts share what the bounds leave."""
     query, key, value = tensors(device, (2, 4, 1, 64), (2, 2, 512, 64), (2, 2, 512, 64))
     keys = torch.arange(512, device=device)
@@ -286,7 +286,7 @@ def test_softcap(device: str) -> None:
 
 
 @pytest.mark.parametrize("cores", [1, 64])
-def test_sinks(device: str, cores: int) -> None:
+def test_sinks(device: str, plan: str, cores: int) -> None:
     query, key, value, sinks = tensors(device, (2, 4, 1, 32), (2, 2, 300, 32), (2, 2, 300, 32), (4,))
     sinks[0], sinks[1] = 9.0, -torch.inf
     lengths = torch.tensor([200, 0], device=device)

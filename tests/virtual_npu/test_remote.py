@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,20 @@ def test_tests_run_in_one_process_that_may_die(tmp_path: Path) -> None:
     [failure] = run_tests({"test_gone": f"{file}::test_gone"}).values()
     assert failure is not None
     assert failure.startswith("the process on the virtual NPU ended with status 7 and says nothing of this test:\n")
+
+
+@pytest.mark.slow
+def test_one_process_runs_all_of_a_group(tmp_path: Path) -> None:
+    """With some versions of pytest nothing comes of pytest-xdist's groups: then every process runs all tests of every file."""
+    file = tmp_path / "test_sample.py"
+    file.write_text(
+        "import os, pathlib, pytest\n"
+        "@pytest.mark.xdist_group('one')\n"
+        "@pytest.mark.parametrize('i', range(8))\n"
+        "def test_who(i): (pathlib.Path(__file__).parent / f'{i}.worker').write_text(os.environ['PYTEST_XDIST_WORKER'])\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadgroup", "-p", "no:cacheprovider", "--rootdir", tmp_path, file]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    workers = [path.read_text() for path in tmp_path.glob("*.worker")]
+    assert len(workers) == 8
+    assert len(set(workers)) == 1

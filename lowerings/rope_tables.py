@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ...layout import row_major
-from ...lower import Arguments, Builder
-from ...view.shapes import same_shape, to_dim, to_shape
+from ..layout import row_major
+from ..lower import Arguments, Builder
+from ..view.shapes import same_shape, to_dim, to_shape
 
 aten = torch.ops.aten
 
