@@ -9,7 +9,21 @@ Without Triton nothing is registered, and the other providers of a target are tr
 import importlib
 import importlib.util
 
-FAMILIES = ("norm", "gating", "permute", "conv1d", "glu", "glu_quant", "w4a16", "int8_matmul", "rope", "rope_norm", "quant", "norm_quant")
+FAMILIES = (
+    "norm",
+    "gating",
+    "permute",
+    "conv1d",
+    "glu",
+    "glu_quant",
+    "w4a16",
+    "int8_matmul",
+    "rope",
+    "rope_norm",
+    "quant",
+    "norm_quant",
+    "attention",
+)
 
 
 def load() -> bool:
