@@ -9,7 +9,7 @@ from npu_fusion.kernels import conv1d
 from npu_fusion.kernels.launch import Device
 from tests.ascend_gate.case import Case
 
-A2 = Device("npu", cores=40, cube_cores=20)
+DEVICE = Device("npu", cores=40, cube_cores=20)  # what the plans are made for; tests/kernels/gpu_code.py has a GPU in its place
 
 
 def _conv1d(
@@ -35,7 +35,7 @@ def _conv1d(
         **dict.fromkeys(("tokens", "sequences", "tiles", "all_tiles", "x_batch", "x_token", "x_channel"), "i32"),
         **dict.fromkeys(("state_slot", "state_token", "state_channel"), "i32"),
     }
-    launch = conv1d.conv1d_launch(tokens, sequences, channels, taps, A2, weight_strides=(channels, 1), **plan)
+    launch = conv1d.conv1d_launch(tokens, sequences, channels, taps, DEVICE, weight_strides=(channels, 1), **plan)
     shown = "".join(f" {name}={value}" for name, value in plan.items())
     return Case(f"conv1d {dtype} {sequences} x [{tokens}, {channels}] {taps} taps{shown}{' slots' if slots else ''}", launch, types)
 

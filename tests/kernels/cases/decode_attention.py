@@ -9,13 +9,13 @@ from npu_fusion.kernels import decode_attention as attention
 from npu_fusion.kernels.launch import Device, Launch
 from tests.ascend_gate.case import Case
 
-A2 = Device("npu", cores=40, cube_cores=20)
+DEVICE = Device("npu", cores=40, cube_cores=20)  # what the plans are made for; tests/kernels/gpu_code.py has a GPU in its place
 SIZES = ("batches", "kv_heads", "queries", "keys", "token_tiles", "causal_offset", "window")
 STRIDES = ("q", "qr", "k", "kr", "v", "mask")
 
 
 def _launches(sizes: attention.Sizes, **plan: Any) -> tuple[Launch, Launch | None]:
-    return attention.attention_launch(sizes, A2, **plan)
+    return attention.attention_launch(sizes, DEVICE, **plan)
 
 
 def _walk(name: str, launch: Launch, dtype: str, *, mask: str | None = None, bounds: bool = False, sinks: bool = False) -> Case:
@@ -93,5 +93,5 @@ def cases() -> Iterator[Case]:
     for additive in (False, True):
         types = {"mask_ptr": "*bf16" if additive else "*i8", "bounds_ptr": "*i32", "hidden": "fp32"}
         numbers = dict.fromkeys(("rows", "queries", "heads", "keys", "mask_b", "mask_h", "mask_t"), "i32")
-        launch = attention.mask_bounds_launch(16, 8192, A2, additive=additive)
+        launch = attention.mask_bounds_launch(16, 8192, DEVICE, additive=additive)
         yield Case(f"mask_bounds {'bf16' if additive else 'bool'}", launch, types | numbers)

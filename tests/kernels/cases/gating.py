@@ -9,7 +9,7 @@ from npu_fusion.kernels import gating
 from npu_fusion.kernels.launch import Device
 from tests.ascend_gate.case import Case
 
-A2 = Device("npu", cores=40, cube_cores=20)
+DEVICE = Device("npu", cores=40, cube_cores=20)  # what the plans are made for; tests/kernels/gpu_code.py has a GPU in its place
 
 
 def _gating(rows: int, experts: int, k: int, dtype: str = "fp32", *, bias: str | None = None, scores: bool = False, **plan: Any) -> Case:
@@ -25,7 +25,7 @@ def _gating(rows: int, experts: int, k: int, dtype: str = "fp32", *, bias: str |
     }
     options = " ".join(f"{name}={value}" for name, value in plan.items()) + (" bias" if bias else "")
     return Case(
-        f"moe_gating {dtype} [{rows}, {experts}] {k} {options}".strip(), gating.moe_gating_launch(rows, experts, k, A2, **plan), types
+        f"moe_gating {dtype} [{rows}, {experts}] {k} {options}".strip(), gating.moe_gating_launch(rows, experts, k, DEVICE, **plan), types
     )
 
 

@@ -9,7 +9,7 @@ from npu_fusion.kernels import glu
 from npu_fusion.kernels.launch import Device
 from tests.ascend_gate.case import Case
 
-A2 = Device("npu", cores=40, cube_cores=20)
+DEVICE = Device("npu", cores=40, cube_cores=20)  # what the plans are made for; tests/kernels/gpu_code.py has a GPU in its place
 LIMITS = ("alpha", "gate_limit", "up_limit", "up_offset")
 
 
@@ -17,7 +17,7 @@ def _glu(rows: int, width: int, dtype: str, *, clamped: bool = False, **plan: An
     types: dict[str, Any] = dict.fromkeys(("gate_ptr", "up_ptr", "y_ptr"), f"*{dtype}")
     types |= dict.fromkeys(("rows", "gate_stride", "up_stride"), "i32") | dict.fromkeys(LIMITS, "fp32" if clamped else None)
     options = " ".join(f"{name}={value}" for name, value in plan.items()) + (" clamped" if clamped else "")
-    return Case(f"glu {dtype} [{rows}, {width}] {options}".strip(), glu.glu_launch(rows, width, A2, limited=clamped, **plan), types)
+    return Case(f"glu {dtype} [{rows}, {width}] {options}".strip(), glu.glu_launch(rows, width, DEVICE, limited=clamped, **plan), types)
 
 
 def cases() -> Iterator[Case]:

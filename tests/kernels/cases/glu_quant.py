@@ -9,7 +9,7 @@ from npu_fusion.kernels import glu_quant
 from npu_fusion.kernels.launch import Device, Launch
 from tests.ascend_gate.case import Case
 
-A2 = Device("npu", cores=40, cube_cores=20)
+DEVICE = Device("npu", cores=40, cube_cores=20)  # what the plans are made for; tests/kernels/gpu_code.py has a GPU in its place
 COUNTED = "the ends of the groups are summed up from their sizes once a launch"
 
 
@@ -32,7 +32,7 @@ def _name(op: str, dtype: str, rows: int, width: int, plan: dict[str, Any], *mor
 def _dynamic(
     rows: int, width: int, dtype: str, *, smooth: str | None = None, bias: str | None = None, clamped: bool = False, **plan: Any
 ) -> Case:
-    launch = glu_quant.glu_quant_launch(rows, width, A2, limited=clamped, **plan)
+    launch = glu_quant.glu_quant_launch(rows, width, DEVICE, limited=clamped, **plan)
     vectors = {"bias_ptr": bias, "smooth_ptr": smooth, "scale_ptr": "*fp32"}
     name = _name("glu_quant", dtype, rows, width, plan, smooth and "smooth", bias and f"bias {bias}", clamped and "clamped")
     dequant, groups = bool(plan.get("dequant")), int(plan.get("groups", 0))
@@ -42,7 +42,7 @@ def _dynamic(
 def _static(
     rows: int, width: int, dtype: str, *, offset: bool = False, bias: str | None = None, clamped: bool = False, **plan: Any
 ) -> Case:
-    launch = glu_quant.glu_static_quant_launch(rows, width, A2, limited=clamped, **plan)
+    launch = glu_quant.glu_static_quant_launch(rows, width, DEVICE, limited=clamped, **plan)
     vectors = {"bias_ptr": bias, "scale_ptr": "*fp32", "offset_ptr": "*fp32" if offset else None}
     name = _name("glu_static_quant", dtype, rows, width, plan, offset and "offset", bias and f"bias {bias}", clamped and "clamped")
     dequant, groups = bool(plan.get("dequant")), int(plan.get("groups", 0))

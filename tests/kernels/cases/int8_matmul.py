@@ -8,7 +8,7 @@ from npu_fusion.kernels.int8_matmul import int8_matmul_launch
 from npu_fusion.kernels.launch import Device
 from tests.ascend_gate.case import Case
 
-A2 = Device("npu", cores=40, cube_cores=20)
+DEVICE = Device("npu", cores=40, cube_cores=20)  # what the plans are made for; tests/kernels/gpu_code.py has a GPU in its place
 
 
 def _case(
@@ -36,7 +36,14 @@ def _case(
     }
     types |= {"y_ptr": f"*{out}", "rows": "i32", "x_stride": "i32", "weight_stride": "i32"}
     launch = int8_matmul_launch(
-        rows, inputs, outputs, A2, along_inputs=along_inputs, row_scales=per_token, row_zeros=zeros and per_token, bias_first=bias == "i32"
+        rows,
+        inputs,
+        outputs,
+        DEVICE,
+        along_inputs=along_inputs,
+        row_scales=per_token,
+        row_zeros=zeros and per_token,
+        bias_first=bias == "i32",
     )
     words = [f"int8_matmul {out} [{rows}, {inputs}] x [{inputs}, {outputs}]", "along inputs" if along_inputs else ""]
     words += ["per token" if per_token else "", "zero point" if zeros else "", f"bias {bias}" if bias else ""]

@@ -9,14 +9,14 @@ from npu_fusion.kernels import norm
 from npu_fusion.kernels.launch import Device
 from tests.ascend_gate.case import Case
 
-A2 = Device("npu", cores=40, cube_cores=20)
+DEVICE = Device("npu", cores=40, cube_cores=20)  # what the plans are made for; tests/kernels/gpu_code.py has a GPU in its place
 NUMBERS = {"rows": "i32", "x_stride": "i32", "eps": "fp32"}
 
 
 def _rms_norm(rows: int, hidden: int, dtype: str, *, weight: str | None = None, **plan: Any) -> Case:
     pointer, gate = f"*{dtype}", plan.get("gate")
     types = {"x_ptr": pointer, "weight_ptr": f"*{weight or dtype}", "gate_ptr": pointer if gate else None, "y_ptr": pointer, **NUMBERS}
-    launch = norm.rms_norm_launch(rows, hidden, A2, **plan)
+    launch = norm.rms_norm_launch(rows, hidden, DEVICE, **plan)
     options = " ".join(f"{name}={value}" for name, value in plan.items())
     return Case(f"rms_norm {dtype} [{rows}, {hidden}] {options}".strip(), launch, types | {"gate_stride": "i32", "groups": "i32"})
 
@@ -27,18 +27,20 @@ def _add_rms_norm(rows: int, hidden: int, dtype: str, *, bias: bool = False, **p
     types = tensors | {"bias_ptr": pointer if bias else None, "residual_stride": "i32"} | NUMBERS
     options = " ".join(f"{name}={value}" for name, value in plan.items()) + (" bias" if bias else "")
     return Case(
-        f"add_rms_norm {dtype} [{rows}, {hidden}] {options}".strip(), norm.add_rms_norm_launch(rows, hidden, A2, bias=bias, **plan), types
+        f"add_rms_norm {dtype} [{rows}, {hidden}] {options}".strip(),
+        norm.add_rms_norm_launch(rows, hidden, DEVICE, bias=bias, **plan),
+        types,
     )
 
 
 def _layer_norm(rows: int, hidden: int, dtype: str) -> Case:
     types = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "y_ptr"), f"*{dtype}") | NUMBERS
-    return Case(f"layer_norm {dtype} [{rows}, {hidden}]", norm.layer_norm_launch(rows, hidden, A2), types)
+    return Case(f"layer_norm {dtype} [{rows}, {hidden}]", norm.layer_norm_launch(rows, hidden, DEVICE), types)
 
 
 def _l2_norm(rows: int, hidden: int, dtype: str) -> Case:
     types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "scale": "fp32"} | NUMBERS
-    return Case(f"l2_norm {dtype} [{rows}, {hidden}]", norm.l2_norm_launch(rows, hidden, A2), types)
+    return Case(f"l2_norm {dtype} [{rows}, {hidden}]", norm.l2_norm_launch(rows, hidden, DEVICE), types)
 
 
 def cases() -> Iterator[Case]:

@@ -9,7 +9,7 @@ from npu_fusion.kernels import norm_quant
 from npu_fusion.kernels.launch import Device, Launch
 from tests.ascend_gate.case import Case
 
-A2 = Device("npu", cores=40, cube_cores=20)
+DEVICE = Device("npu", cores=40, cube_cores=20)  # what the plans are made for; tests/kernels/gpu_code.py has a GPU in its place
 NUMBERS = {"rows": "i32", "x_stride": "i32", "residual_stride": "i32", "eps": "fp32"}
 
 
@@ -24,13 +24,13 @@ def _case(op: str, launch: Launch, rows: int, hidden: int, dtype: str, plan: Map
 
 
 def _dynamic(rows: int, hidden: int, dtype: str, **plan: Any) -> Case:
-    launch = norm_quant.norm_dynamic_quantize_launch(rows, hidden, A2, **plan)
+    launch = norm_quant.norm_dynamic_quantize_launch(rows, hidden, DEVICE, **plan)
     smooth = f"*{dtype}" if plan.get("smooth") else None
     return _case("norm_dynamic_quantize", launch, rows, hidden, dtype, plan, smooth_ptr=smooth, scale_ptr="*fp32", least="fp32")
 
 
 def _static(rows: int, hidden: int, dtype: str, *, scale: str = "fp32", zero_type: str = "i32", **plan: Any) -> Case:
-    launch = norm_quant.norm_static_quantize_launch(rows, hidden, A2, **plan)
+    launch = norm_quant.norm_static_quantize_launch(rows, hidden, DEVICE, **plan)
     zero = f"*{zero_type}" if plan.get("zero") else None
     return _case("norm_static_quantize", launch, rows, hidden, dtype, plan, scale_ptr=f"*{scale}", zero_ptr=zero)
 

@@ -9,7 +9,7 @@ from npu_fusion.kernels import permute
 from npu_fusion.kernels.launch import Device
 from tests.ascend_gate.case import Case
 
-A2 = Device("npu", cores=40, cube_cores=20)
+DEVICE = Device("npu", cores=40, cube_cores=20)  # what the plans are made for; tests/kernels/gpu_code.py has a GPU in its place
 SIZES = {"*bf16": 2, "*fp16": 2, "*fp32": 4, "*i8": 1}
 
 
@@ -27,13 +27,13 @@ def _few(rows: int, k: int, experts: int, width: int, x: str, *, scales: str | N
         **dict.fromkeys(("ids_ptr", "places_ptr", "source_ptr"), "*i32"),
         **dict.fromkeys(("count", "first", "x_stride", "out_rows", "capacity"), "i32"),
     }
-    launch = permute.permute_few_launch(rows * k, k, experts, width, A2, size=SIZES[x], **plan)
+    launch = permute.permute_few_launch(rows * k, k, experts, width, DEVICE, size=SIZES[x], **plan)
     return Case(f"permute_few {x[1:]} [{rows}, {width}] {k} of {experts}{_shown(plan)}", launch, types)
 
 
 def _counts(ids: int, experts: int, pointer: str = "*i32") -> Case:
     types = {"ids_ptr": pointer, "counts_ptr": "*i32", "count": "i32", "first": "i32"}
-    return Case(f"expert_counts {pointer[1:]} {ids} of {experts}", permute.expert_counts_launch(ids, experts, A2), types)
+    return Case(f"expert_counts {pointer[1:]} {ids} of {experts}", permute.expert_counts_launch(ids, experts, DEVICE), types)
 
 
 def _places(ids: int, experts: int, groups: str = "*i64", **plan: Any) -> Case:
@@ -42,7 +42,7 @@ def _places(ids: int, experts: int, groups: str = "*i64", **plan: Any) -> Case:
         "groups_ptr": groups,
         **dict.fromkeys(("count", "first", "out_rows", "capacity"), "i32"),
     }
-    return Case(f"expert_places {ids} of {experts}{_shown(plan)}", permute.expert_places_launch(ids, experts, A2, **plan), types)
+    return Case(f"expert_places {ids} of {experts}{_shown(plan)}", permute.expert_places_launch(ids, experts, DEVICE, **plan), types)
 
 
 def _rows(rows: int, k: int, experts: int, width: int, x: str, *, scales: str | None = None, **plan: Any) -> Case:
@@ -54,7 +54,7 @@ def _rows(rows: int, k: int, experts: int, width: int, x: str, *, scales: str | 
         **dict.fromkeys(("places_ptr", "ends_ptr", "source_ptr"), "*i32"),
         **dict.fromkeys(("rows", "x_stride", "out_rows", "capacity"), "i32"),
     }
-    launch = permute.permute_rows_launch(rows, k, experts, width, A2, size=SIZES[x], **plan)
+    launch = permute.permute_rows_launch(rows, k, experts, width, DEVICE, size=SIZES[x], **plan)
     name = f"permute_rows {x[1:]} [{rows}, {width}] {k} of {experts}{_shown(plan)}"
     return Case(name, launch, types, (k,), "where each of a row's ids went, beside copies of the row")
 
@@ -76,7 +76,9 @@ def _unpermute(
         "scale": "fp32",
     }
     more = f"{' bias' if bias else ''}{f' residuals={residuals}' if residuals else ''}"
-    return Case(f"unpermute {x[1:]} [{rows}, {width}] {k}{more}{_shown(plan)}", permute.unpermute_launch(rows, k, width, A2, **plan), types)
+    return Case(
+        f"unpermute {x[1:]} [{rows}, {width}] {k}{more}{_shown(plan)}", permute.unpermute_launch(rows, k, width, DEVICE, **plan), types
+    )
 
 
 def cases() -> Iterator[Case]:

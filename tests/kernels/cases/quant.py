@@ -9,7 +9,7 @@ from npu_fusion.kernels import quant
 from npu_fusion.kernels.launch import Device
 from tests.ascend_gate.case import Case
 
-A2 = Device("npu", cores=40, cube_cores=20)
+DEVICE = Device("npu", cores=40, cube_cores=20)  # what the plans are made for; tests/kernels/gpu_code.py has a GPU in its place
 SIZES = {"rows": "i32", "x_stride": "i32"}
 
 
@@ -20,21 +20,23 @@ def _named(op: str, dtype: str, rows: int, hidden: int, options: dict[str, Any])
 def _dynamic(rows: int, hidden: int, dtype: str, *, smooth: str | None = None, **plan: Any) -> Case:
     types = {"x_ptr": f"*{dtype}", "smooth_ptr": smooth and f"*{smooth}", "q_ptr": "*i8", "scale_ptr": "*fp32", "least": "fp32", **SIZES}
     name = _named("dynamic_quantize", dtype, rows, hidden, {"smooth": smooth, **plan})
-    return Case(name, quant.dynamic_quantize_launch(rows, hidden, A2, smooth=smooth is not None, **plan), types)
+    return Case(name, quant.dynamic_quantize_launch(rows, hidden, DEVICE, smooth=smooth is not None, **plan), types)
 
 
 def _asymmetric(rows: int, hidden: int, dtype: str, *, smooth: str | None = None, **plan: Any) -> Case:
     pointers = {"x_ptr": f"*{dtype}", "smooth_ptr": smooth and f"*{smooth}", "q_ptr": "*i8", "scale_ptr": "*fp32", "zero_ptr": "*fp32"}
     name = _named("asymmetric_quantize", dtype, rows, hidden, {"smooth": smooth, **plan})
     return Case(
-        name, quant.asymmetric_quantize_launch(rows, hidden, A2, smooth=smooth is not None, **plan), {**pointers, "least": "fp32", **SIZES}
+        name,
+        quant.asymmetric_quantize_launch(rows, hidden, DEVICE, smooth=smooth is not None, **plan),
+        {**pointers, "least": "fp32", **SIZES},
     )
 
 
 def _static(rows: int, hidden: int, dtype: str, *, scale: str = "fp32", zero: str | None = None, **plan: Any) -> Case:
     types = {"x_ptr": f"*{dtype}", "scale_ptr": f"*{scale}", "zero_ptr": zero and f"*{zero}", "q_ptr": "*i8", **SIZES}
     name = _named("static_quantize", dtype, rows, hidden, {"scale": scale, "zero": zero, **plan})
-    return Case(name, quant.static_quantize_launch(rows, hidden, A2, **plan), types)
+    return Case(name, quant.static_quantize_launch(rows, hidden, DEVICE, **plan), types)
 
 
 def _dequantize(
@@ -43,7 +45,7 @@ def _dequantize(
     pointers = {"x_ptr": f"*{source}", "row_scale_ptr": "*fp32", "scale_ptr": "*fp32", "row_zero_ptr": "*fp32" if row_zero else None}
     types = {**pointers, "zero_ptr": "*fp32" if zero else None, "bias_ptr": bias and f"*{bias}", "y_ptr": f"*{dtype}", **SIZES}
     name = _named(f"dequantize {source} to", dtype, rows, hidden, {"bias": bias, **plan})
-    return Case(name, quant.dequantize_launch(rows, hidden, A2, whole_bias=bias == "i32", **plan), types)
+    return Case(name, quant.dequantize_launch(rows, hidden, DEVICE, whole_bias=bias == "i32", **plan), types)
 
 
 def cases() -> Iterator[Case]:

@@ -9,7 +9,7 @@ from npu_fusion.kernels import rope
 from npu_fusion.kernels.launch import Device
 from tests.ascend_gate.case import Case
 
-A2 = Device("npu", cores=40, cube_cores=20)
+DEVICE = Device("npu", cores=40, cube_cores=20)  # what the plans are made for; tests/kernels/gpu_code.py has a GPU in its place
 STRIDES = [f"{tensor}_{dim}" for tensor in ("q", "k", "q_out", "k_out") for dim in ("batch", "token", "head")]
 TABLE_STRIDES = [f"{tensor}_{dim}" for tensor in ("cos", "sin", "positions") for dim in ("batch", "token")]
 
@@ -17,7 +17,7 @@ TABLE_STRIDES = [f"{tensor}_{dim}" for tensor in ("cos", "sin", "positions") for
 def _rotary(
     dtype: str, heads: tuple[int, int], head_dim: int, *, rotary_dim: int = 0, table: str = "", gathered: bool = False, **plan: Any
 ) -> Case:
-    launch = rope.rotary_launch(4096, *heads, head_dim, rotary_dim or head_dim, A2, **plan)
+    launch = rope.rotary_launch(4096, *heads, head_dim, rotary_dim or head_dim, DEVICE, **plan)
     tensors: dict[str, str | None] = dict.fromkeys(("q_ptr", "k_ptr", "q_out_ptr", "k_out_ptr"), f"*{dtype}")
     if not heads[1]:
         tensors |= {"k_ptr": None, "k_out_ptr": None}

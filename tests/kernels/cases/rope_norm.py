@@ -9,7 +9,7 @@ from npu_fusion.kernels import rope_norm
 from npu_fusion.kernels.launch import Device
 from tests.ascend_gate.case import Case
 
-A2 = Device("npu", cores=40, cube_cores=20)
+DEVICE = Device("npu", cores=40, cube_cores=20)  # what the plans are made for; tests/kernels/gpu_code.py has a GPU in its place
 TENSORS = ("q", "k", "v", "q_out", "k_out", "v_out", "q_weight", "k_weight", "cos", "sin", "key_cache", "value_cache")
 STRIDES = [f"{tensor}_{dim}" for tensor in TENSORS[:6] for dim in ("batch", "token", "head")]
 TABLE_STRIDES = [f"{tensor}_{dim}" for tensor in ("cos", "sin", "positions") for dim in ("batch", "token")]
@@ -27,7 +27,7 @@ def _case(
     **plan: Any,
 ) -> Case:
     """A call with all tensors but those named."""
-    launch = rope_norm.qkv_norm_rotary_launch(4096, *heads, head_dim, rotary_dim or head_dim, A2, **plan)
+    launch = rope_norm.qkv_norm_rotary_launch(4096, *heads, head_dim, rotary_dim or head_dim, DEVICE, **plan)
     types: dict[str, str | None] = {f"{name}_ptr": None if name in without else f"*{dtype}" for name in TENSORS}
     types |= {"slots_ptr": None if "key_cache" in without else "*i64", "positions_ptr": "*i64" if gathered else None}
     numbers = dict.fromkeys(("rows", "tokens", "page", *STRIDES, *TABLE_STRIDES, *CACHE_STRIDES), "i32") | {"eps": "fp32"}

@@ -8,7 +8,7 @@ from npu_fusion.kernels import w4a16
 from npu_fusion.kernels.launch import Device
 from tests.ascend_gate.case import Case
 
-A2 = Device("npu", cores=40, cube_cores=20)
+DEVICE = Device("npu", cores=40, cube_cores=20)  # what the plans are made for; tests/kernels/gpu_code.py has a GPU in its place
 
 
 def _types(dtype: str, zeros: bool, bias: bool) -> dict[str, str | None]:
@@ -23,22 +23,22 @@ def _name(kind: str, dtype: str, rows: int, inputs: int, outputs: int, group: in
 
 def _gemv(rows: int, inputs: int, outputs: int, group: int, dtype: str, *, zeros: bool, bias: bool = False, experts: bool = False) -> Case:
     types = _types(dtype, zeros, bias) | {"ids_ptr": "*i32" if experts else None, "slots": "i32", "experts": "i32"}
-    launch = w4a16.w4a16_gemv_launch(rows, inputs, outputs, group, A2, experts=experts)
+    launch = w4a16.w4a16_gemv_launch(rows, inputs, outputs, group, DEVICE, experts=experts)
     return Case(_name("gemv", dtype, rows, inputs, outputs, group, zeros) + (" experts" if experts else ""), launch, types)
 
 
 def _narrow(rows: int, inputs: int, outputs: int, group: int, dtype: str, *, zeros: bool, bias: bool = False) -> Case:
-    launch = w4a16.w4a16_narrow_launch(rows, inputs, outputs, group, A2)
+    launch = w4a16.w4a16_narrow_launch(rows, inputs, outputs, group, DEVICE)
     return Case(_name("narrow", dtype, rows, inputs, outputs, group, zeros), launch, _types(dtype, zeros, bias))
 
 
 def _gemm(rows: int, inputs: int, outputs: int, group: int, dtype: str, *, zeros: bool, bias: bool = False) -> Case:
-    launch = w4a16.w4a16_gemm_launch(rows, inputs, outputs, group, A2)
+    launch = w4a16.w4a16_gemm_launch(rows, inputs, outputs, group, DEVICE)
     return Case(_name("gemm", dtype, rows, inputs, outputs, group, zeros), launch, _types(dtype, zeros, bias))
 
 
 def _repack(inputs: int, outputs: int, group: int) -> Case:
-    launch = w4a16.awq_repack_launch(inputs, outputs // 8, w4a16.plane_rows(inputs, group), A2)
+    launch = w4a16.awq_repack_launch(inputs, outputs // 8, w4a16.plane_rows(inputs, group), DEVICE)
     return Case(f"awq_repack [{inputs}, {outputs}] group {group}", launch, {"awq_ptr": "*i32", "words_ptr": "*i32", "rows": "i32"})
 
 
