@@ -369,7 +369,6 @@ def asymmetric_quantize_launch(
     hidden: int,
     device: Device,
     *,
-    smooth: bool = False,
     divide: bool = False,
     lowest: int = -128,
     with_zero: bool = False,
@@ -378,14 +377,12 @@ def asymmetric_quantize_launch(
     """`asymmetric_quantize_kernel` for [rows, hidden].
 
     Args:
-        smooth: whether x is multiplied by a vector first.
         divide: divides by the scale instead of multiplying by its reciprocal.
         lowest: the least result.
         with_zero: the range of a row is extended to hold 0.
         whole_zero: zero points are rounded to whole numbers.
     """
-    block = 2048 if smooth or power_of_2(hidden) != hidden else 4096  # a mask takes memory, too
-    grid, tile, options = int8_tiles(rows, hidden, device, whole=block, chunk=block)
+    grid, tile, options = int8_tiles(rows, hidden, device, whole=1024, chunk=1024)  # two extremes are kept for each element of a block
     choices = {"DIVIDE": divide, "LOWEST": float(lowest), "WITH_ZERO": with_zero, "WHOLE_ZERO": whole_zero}
     return Launch(asymmetric_quantize_kernel, grid, {"HIDDEN": hidden, **tile, **choices}, options)
 

@@ -231,7 +231,7 @@ def resolve(config: FusionConfig, gm: GraphModule, example_inputs: Sequence[Any]
         target = _target_of({value.device.type for value in tensors if isinstance(value, Tensor)})
         if config.emulate and target == "cpu":
             target = EMULATED
-    return dataclasses.replace(config, target=target, executor=resolve_executor(config.executor, target))
+    return dataclasses.replace(config, target=target, executor=resolve_executor(config.executor, target, config.emulate))
 
 
 EMULATED = "ascend910b"

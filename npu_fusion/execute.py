@@ -28,11 +28,11 @@ Boxed = Callable[[list[Any]], Any]
 FUNCTIONAL = frozenset({"inductor", "torchair"})
 
 
-def resolve_executor(executor: str, target: str) -> str:
-    """What `auto` means on a target: Inductor on cuda, which fuses what no rule takes, and the FX graph elsewhere."""
+def resolve_executor(executor: str, target: str, emulate: bool = False) -> str:
+    """What `auto` means on a target: Inductor on cuda, which fuses what no rule takes; elsewhere, and on CPU tensors, the FX graph."""
     if executor != "auto":
         return executor
-    return "inductor" if target == "cuda" else "eager"
+    return "inductor" if target == "cuda" and not emulate else "eager"
 
 
 def execute(gm: GraphModule, example_inputs: Sequence[Any], record: GraphRecord) -> Boxed:

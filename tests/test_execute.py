@@ -44,6 +44,11 @@ def test_auto_depends_on_the_target(executor: str, target: str, resolved: str) -
     assert resolve_executor(executor, target) == resolved
 
 
+def test_what_is_emulated_runs_as_a_graph_of_its_own() -> None:
+    assert resolve_executor("auto", "cuda", emulate=True) == "eager"
+    assert resolve_executor("inductor", "cuda", emulate=True) == "inductor"
+
+
 class TestEager:
     def test_runs_and_leaves_the_graph_alone(self) -> None:
         x = torch.randn(3)

@@ -148,13 +148,7 @@ def asymmetric_quantize(
     if x.numel() == 0:
         return q, scale.fill_(min_scale), zero.fill_(127)
     xs = as_rows(x)
-    choices: dict[str, Any] = {
-        "smooth": smooth is not None,
-        "lowest": lowest,
-        "with_zero": with_zero,
-        "whole_zero": whole_zero,
-        "divide": divide,
-    }
+    choices: dict[str, Any] = {"lowest": lowest, "with_zero": with_zero, "whole_zero": whole_zero, "divide": divide}
     plan = kernels.asymmetric_quantize_launch(xs.shape[0], xs.shape[1], device_for(x, cores), **choices)
     sizes = {"rows": xs.shape[0], "x_stride": xs.stride(0)}
     launch(plan, x, x_ptr=xs, smooth_ptr=as_vector(smooth), q_ptr=q, scale_ptr=scale, zero_ptr=zero, **sizes, least=min_scale)

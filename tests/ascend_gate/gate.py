@@ -76,7 +76,7 @@ class _Stages:
             error = f"{Path(failure.cmd[0]).name} ended with status {failure.returncode}: {bishengir.summary(_output(failure))}"
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"[-bishengir.ERROR_LENGTH :]
-        self.done[name] = Stage(round(time.perf_counter() - start, 3), error)
+        self.done[name] = Stage(round(time.perf_counter() - start, 6), error)
         return made
 
     def fail(self, name: str, error: str) -> None:

@@ -28,7 +28,7 @@ def _asymmetric(rows: int, hidden: int, dtype: str, *, smooth: str | None = None
     name = _named("asymmetric_quantize", dtype, rows, hidden, {"smooth": smooth, **plan})
     return Case(
         name,
-        quant.asymmetric_quantize_launch(rows, hidden, DEVICE, smooth=smooth is not None, **plan),
+        quant.asymmetric_quantize_launch(rows, hidden, DEVICE, **plan),
         {**pointers, "least": "fp32", **SIZES},
     )
 
