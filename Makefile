@@ -13,7 +13,7 @@ CARRY_PYTEST := \
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint format types unit gpu-test coverage bench launches kernels
+.PHONY: help demo test environments lint format types unit gpu-test coverage bench launches kernels
 
 help:
 	@echo "make demo      compile two real models, show what fused, check against eager"
@@ -23,7 +23,11 @@ help:
 demo:
 	$(RUN) examples/demo.py
 
-test: lint types unit
+test: environments lint types unit
+
+# All at once: what one waits for on a disk another may compute.
+environments:
+	@$${PYTHON:-python3} tools/environment.py main npu ascend >/dev/null
 
 lint:
 	$(RUN) -m ruff check .

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -155,6 +156,32 @@ def test_an_existing_python_stands_in_for_an_environment(
     monkeypatch.delenv(variable)
     environment.main()
     assert capsys.readouterr().out == f"{environment.ensure(name)}\n"
+
+
+def test_environments_are_built_at_the_same_time(
+    environment: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    together = threading.Barrier(2, timeout=10)
+    build = environment.build
+
+    def meet(folder: Path, requirements: Path) -> None:
+        together.wait()
+        build(folder, requirements)
+
+    monkeypatch.setattr(environment, "build", meet)
+    monkeypatch.setattr(sys, "argv", ["environment.py", "npu", "ascend"])
+    environment.main()
+    assert capsys.readouterr().out.split() == [str(environment.ensure(name)) for name in ("npu", "ascend")]
+    assert (tmp_path / "builds").read_text() == "xx"
+
+
+def test_an_unknown_environment_is_an_error(
+    environment: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["environment.py", "gpu"])
+    with pytest.raises(SystemExit):
+        environment.main()
+    assert "there is no environment 'gpu', only main, npu, ascend" in capsys.readouterr().err
 
 
 def test_half_a_build_is_not_used(environment: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
     python3 tools/environment.py         what the package needs and what tests it: tools/requirements.txt
     python3 tools/environment.py npu     the same with torch_npu, for the virtual NPU of tests/virtual_npu: tools/requirements-npu.txt
     python3 tools/environment.py ascend  Triton's Ascend compiler, for the compile gate of tests/ascend_gate: tools/requirements-ascend.txt
+    python3 tools/environment.py main npu ascend  all of them, built at the same time; a path a line
 
 An environment lies outside the clone, in `${XDG_CACHE_HOME:-~/.cache}/npu-fusion/<key>`, and is shared by all clones with the same
 requirements, Python and machine type. The package itself is not in it: one clone's code must not be seen by another (tools/run adds the
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -51,7 +53,8 @@ def build(folder: Path, requirements: Path) -> None:
     """Make the virtual environment in `folder`."""
     print(f"npu-fusion: building the environment in {folder} (once; a few minutes)", file=sys.stderr, flush=True)
     venv.create(folder, with_pip=True, symlinks=True)
-    install = [str(folder / "bin" / "python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+    # What is imported is compiled then; most of these packages never is.
+    install = [str(folder / "bin" / "python"), "-m", "pip", "install", "-qq", "--no-compile", "--disable-pip-version-check"]
     subprocess.run([*install, "--requirement", str(requirements)], check=True, stdout=sys.stderr)
 
 
@@ -77,14 +80,26 @@ def python_of(name: str) -> Path:
     return Path(existing) if existing else ensure(name)
 
 
+def known(name: str) -> str:
+    """A name of an environment, as the command line gives it."""
+    if name not in REQUIREMENTS:
+        raise argparse.ArgumentTypeError(f"there is no environment {name!r}, only {', '.join(REQUIREMENTS)}")
+    return name
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print the path of an environment's Python, after building it where need be.")
-    parser.add_argument("name", nargs="?", default="main", choices=REQUIREMENTS)
-    name: str = parser.parse_args().name
-    try:
-        print(python_of(name))
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"npu-fusion: pip failed ({error.returncode}). {OVERRIDES[name]} names an existing environment's Python to use instead.")
+    parser.add_argument("names", nargs="*", type=known, metavar="name", help=f"{', '.join(REQUIREMENTS)}; by default main")
+    names: list[str] = parser.parse_args().names or ["main"]
+    with ThreadPoolExecutor() as pool:
+        pythons = {name: pool.submit(python_of, name) for name in names}
+    for name, python in pythons.items():
+        try:
+            print(python.result())
+        except subprocess.CalledProcessError as error:
+            sys.exit(
+                f"npu-fusion: pip failed ({error.returncode}). {OVERRIDES[name]} names an existing environment's Python to use instead."
+            )
 
 
 if __name__ == "__main__":

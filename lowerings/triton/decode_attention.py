@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...kernels import decode_attention as kernels
+from ...masks import LOWEST_BIAS
 from ...ops._common import (
     Size,
     check_broadcastable,
@@ -26,7 +27,6 @@ from .checks import FLOATS, LIMIT_32, check_cores, check_dtypes, check_together
 from .define import device_for, launch, triton_op
 
 LARGEST_WIDTH, LARGEST_LATENT = 256, 512
-LOWEST_BIAS = -1e9  # as in npu_fusion.masks: so low a number leaves a key no weight beside any other
 
 
 @dataclass(frozen=True)

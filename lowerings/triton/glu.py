@@ -12,10 +12,9 @@ from ...kernels import glu as kernels
 from ...lower import Arguments, Builder
 from ...ops._common import ACTIVATIONS, Size, broadcast_sizes, check_choice, check_min_rank, check_type, check_value, known_different
 from ...ops.glu import LAYOUTS
-from ...view.shapes import to_dim
 from .checks import FLOATS, as_rows, check_cores, check_dtypes, check_row_length, check_together, name_of
 from .define import device_for, launch, triton_op
-from .provide import provides
+from .provide import provides, require_width
 
 # -------------------------------------------------------------------- what glu and glu_quant share
 
@@ -167,9 +166,7 @@ def _(
 def _glu(b: Builder, a: Arguments, cores: int) -> Node:
     for name, node in (("gate", a.gate), ("up", a.up)):
         b.require(node is None or b.val(node).dtype in FLOATS, f"{name} is {None if node is None else b.val(node).dtype}")
-        b.require(node is None or b.val(node).dim() > 0, f"{name} has no dimension")
-        known = node is None or isinstance(to_dim(b.val(node).shape[-1]), int)
-        b.require(known, f"the last dimension of {name} is symbolic: a kernel is compiled for its size")
+    require_width(b, gate=a.gate, up=a.up)
     rounds: torch.dtype | None = a.round_dtype
     rounds = rounds if b.config.rounding == "exact" else None
     for name, dtype in (("round_dtype", rounds), ("out_dtype", a.out_dtype)):

@@ -13,7 +13,7 @@ from ...lower import Arguments, Builder
 from ...ops._common import check_choice, check_min_rank, check_sizes, check_type, check_value, known_different
 from .checks import FLOATS, as_rows, as_vector, check_cores, check_dtypes, check_row_count, check_row_length, check_together, name_of
 from .define import device_for, launch, triton_op
-from .provide import provides
+from .provide import provides, require_width
 
 # -------------------------------------------------------------------- ops
 
@@ -383,10 +383,6 @@ def _results(b: Builder, *dtypes: torch.dtype | None) -> None:
         b.require(dtype is None or dtype in FLOATS, f"a result is {dtype}")
 
 
-def _width(b: Builder, x: Node) -> None:
-    b.require(isinstance(b.val(x).shape[-1], int), "the last dimension is symbolic: a kernel is compiled for its size")
-
-
 def _rounding(b: Builder, a: Arguments) -> torch.dtype | None:
     """Where the normalised x is rounded: nowhere, unless the configuration asks for the model's own rounding."""
     rounds: torch.dtype | None = a.round_dtype
@@ -399,7 +395,7 @@ def _rounding(b: Builder, a: Arguments) -> torch.dtype | None:
 @provides("rms_norm", "triton.rms_norm")
 def _rms_norm(b: Builder, a: Arguments, cores: int) -> Node:
     _one_of(b, x=a.x, weight=a.weight, gate=a.gate)
-    _width(b, a.x)
+    require_width(b, x=a.x)
     _results(b, a.out_dtype)
     gating: dict[str, Any] = {"gate": a.gate, "gate_activation": a.gate_activation, "gate_first": a.gate_first, "group_size": a.group_size}
     rounding = {"round_dtype": _rounding(b, a), "out_dtype": a.out_dtype or b.val(a.x).dtype}
@@ -409,7 +405,7 @@ def _rms_norm(b: Builder, a: Arguments, cores: int) -> Node:
 @provides("add_rms_norm", "triton.add_rms_norm")
 def _add_rms_norm(b: Builder, a: Arguments, cores: int) -> list[Node]:
     _one_of(b, x=a.x, residual=a.residual, weight=a.weight, bias=a.bias)
-    _width(b, a.x)
+    require_width(b, x=a.x)
     _results(b, a.sum_dtype, a.out_dtype)
     call = b.emit(
         add_rms_norm.overload,
@@ -431,7 +427,7 @@ def _add_rms_norm(b: Builder, a: Arguments, cores: int) -> list[Node]:
 @provides("layer_norm", "triton.layer_norm")
 def _layer_norm(b: Builder, a: Arguments, cores: int) -> Node:
     _one_of(b, x=a.x, weight=a.weight, bias=a.bias)
-    _width(b, a.x)
+    require_width(b, x=a.x)
     _results(b, a.out_dtype)
     return b.emit(layer_norm.overload, a.x, a.weight, a.bias, a.eps, round_dtype=_rounding(b, a), out_dtype=a.out_dtype, cores=cores)
 
@@ -439,6 +435,6 @@ def _layer_norm(b: Builder, a: Arguments, cores: int) -> Node:
 @provides("l2_norm", "triton.l2_norm")
 def _l2_norm(b: Builder, a: Arguments, cores: int) -> Node:
     _one_of(b, x=a.x)
-    _width(b, a.x)
+    require_width(b, x=a.x)
     _results(b, a.out_dtype)
     return b.emit(l2_norm.overload, a.x, a.eps, eps_mode=a.eps_mode, scale=a.scale, out_dtype=a.out_dtype, cores=cores)

@@ -20,6 +20,7 @@ from torch.fx import Node
 
 from ...config import TARGETS, FusionConfig
 from ...lower import Arguments, Builder, Provider, device_of, register_provider
+from ...view.shapes import to_dim
 
 Lowering = Callable[[Builder, Arguments, int], "Node | Sequence[Node | None]"]
 
@@ -55,6 +56,14 @@ def provides(op: str, name: str, *, rank: int = 0, matrix: bool = False, launche
         return function
 
     return declare
+
+
+def require_width(b: Builder, **tensors: Node | None) -> None:
+    """Refuse tensors whose last dimension is known at run time only."""
+    for name, node in tensors.items():
+        b.require(node is None or b.val(node).dim() > 0, f"{name} has no dimension")
+        known = node is None or isinstance(to_dim(b.val(node).shape[-1]), int)
+        b.require(known, f"the last dimension of {name} is symbolic: a kernel is compiled for its size")
 
 
 def available(config: FusionConfig, dry_run: bool) -> bool:
