@@ -50,8 +50,15 @@ class TritonOp:
         return inspect.getdoc(self._run) or ""
 
     def fake(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
-        """Register the fake kernel (decorator)."""
-        torch.library.register_fake(f"{NAMESPACE}::{self.name}", kernel, lib=_LIBRARY)
+        """Register the fake kernel (decorator). It is called with all arguments, so that it can name some and take the rest as `**form`."""
+        signature = inspect.signature(self._run)
+
+        def complete(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return kernel(*bound.args, **bound.kwargs)
+
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", complete, lib=_LIBRARY)
         return kernel
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

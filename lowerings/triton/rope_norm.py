@@ -98,6 +98,28 @@ class Cache:
             check_row_length(op, name, reach)
 
 
+def _described(
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    *,
+    positions: Tensor | None,
+    layout: str,
+    rotary_dim: int,
+    sign: int,
+    weight_offset: int,
+    round_dtype: torch.dtype | None,
+    round_between: bool,
+    norm: bool = True,
+    norm_last: bool = False,
+) -> tuple[Angles, Norms]:
+    """The arguments that all ops of the family have, as what they describe."""
+    norms = Norms(q_weight, k_weight, eps, weight_offset, round_dtype, round_between, last=norm_last, given=norm)
+    return Angles(cos, sin, positions, layout, rotary_dim, sign), norms
+
+
 def _cached(cache: Cache | None) -> dict[str, Any]:
     """The kernel's arguments for a cache, or for none."""
     arguments: dict[str, Any] = {"slots_ptr": None, "page": 1}
@@ -204,28 +226,8 @@ def _check_qk(op: str, q: Tensor, k: Tensor, angles: Angles, norms: Norms, cores
 
 
 @qk_norm_rotary.fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    *,
-    positions: Tensor | None = None,
-    weight_offset: int = 0,
-    layout: str = "half",
-    rotary_dim: int = -1,
-    sign: int = 1,
-    round_dtype: torch.dtype | None = None,
-    round_between: bool = False,
-    norm_last: bool = False,
-    cores: int,
-) -> tuple[Tensor, Tensor]:
-    angles = Angles(cos, sin, positions, layout, rotary_dim, sign)
-    norms = Norms(q_weight, k_weight, eps, weight_offset, round_dtype, round_between, last=norm_last)
-    _check_qk("qk_norm_rotary", q, k, angles, norms, cores)
+def _(q: Tensor, k: Tensor, *tensors: Any, cores: int, **form: Any) -> tuple[Tensor, Tensor]:
+    _check_qk("qk_norm_rotary", q, k, *_described(*tensors, **form), cores)
     return torch.empty_like(q), torch.empty_like(k)
 
 
@@ -324,29 +326,10 @@ def qkv_norm_rotary(
 
 @qkv_norm_rotary.fake
 def _(
-    qkv: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    positions: Tensor | None = None,
-    norm: bool = True,
-    weight_offset: int = 0,
-    layout: str = "half",
-    rotary_dim: int = -1,
-    sign: int = 1,
-    round_dtype: torch.dtype | None = None,
-    round_between: bool = False,
-    cores: int,
+    qkv: Tensor, *tensors: Any, num_heads: int, num_kv_heads: int, head_dim: int, cores: int, **form: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    angles, heads = Angles(cos, sin, positions, layout, rotary_dim, sign), Projection(num_heads, num_kv_heads, head_dim)
-    norms = Norms(q_weight, k_weight, eps, weight_offset, round_dtype, round_between, given=norm)
-    _check_qkv("qkv_norm_rotary", qkv, heads, angles, norms, cores)
+    heads = Projection(num_heads, num_kv_heads, head_dim)
+    _check_qkv("qkv_norm_rotary", qkv, heads, *_described(*tensors, **form), cores)
     q, k, v = heads.empty(qkv)
     return q, k, v
 
@@ -411,34 +394,9 @@ def qkv_norm_rotary_cache(
 
 
 @qkv_norm_rotary_cache.fake
-def _(
-    qkv: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    slots: Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    positions: Tensor | None = None,
-    norm: bool = True,
-    weight_offset: int = 0,
-    layout: str = "half",
-    rotary_dim: int = -1,
-    sign: int = 1,
-    round_dtype: torch.dtype | None = None,
-    round_between: bool = False,
-    keep_kv: bool = False,
-    cores: int,
-) -> list[Tensor]:
-    angles, heads = Angles(cos, sin, positions, layout, rotary_dim, sign), Projection(num_heads, num_kv_heads, head_dim)
-    norms = Norms(q_weight, k_weight, eps, weight_offset, round_dtype, round_between, given=norm)
-    _check_qkv("qkv_norm_rotary_cache", qkv, heads, angles, norms, cores, Cache(key_cache, value_cache, slots))
+def _(qkv: Tensor, *tensors: Any, num_heads: int, num_kv_heads: int, head_dim: int, keep_kv: bool, cores: int, **form: Any) -> list[Tensor]:
+    heads, cache = Projection(num_heads, num_kv_heads, head_dim), Cache(*tensors[-3:])
+    _check_qkv("qkv_norm_rotary_cache", qkv, heads, *_described(*tensors[:-3], **form), cores, cache)
     return heads.empty(qkv)[: 3 if keep_kv else 1]
 
 

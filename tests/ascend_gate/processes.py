@@ -61,7 +61,7 @@ def _start(function: Callable[[Job], Answer], index: int, job: Job) -> tuple[Con
 def _answer(function: Callable[[Job], Answer], job: Job, sender: Connection) -> None:
     try:
         sender.send((function(job), ""))
-    except Exception:
+    except Exception:  # whatever it is, the caller is told, and gives the job the answer that `died` makes of it
         sender.send((None, f"the process raised:\n{traceback.format_exc()}"))
 
 
