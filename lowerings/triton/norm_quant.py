@@ -212,23 +212,17 @@ def _(
     weight: Tensor | None,
     eps: float,
     *,
-    beta: Tensor | None = None,
-    weight_offset: int = 0,
-    round_dtype: torch.dtype | None = None,
-    norm_dtype: torch.dtype | None = None,
-    smooth: Tensor | None = None,
-    min_scale: float = 0.0,
-    scale: Tensor | None = None,
-    zero_point: Tensor | None = None,
-    divide: bool | None = None,
-    lowest: int = -128,
-    return_norm: bool = False,
-    cores: int,
+    beta: Tensor | None,
+    smooth: Tensor | None,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    divide: bool | None,
+    norm_dtype: torch.dtype | None,
+    return_norm: bool,
+    **form: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rounding: dict[str, Any] = {"round_dtype": round_dtype, "norm_dtype": norm_dtype}
-    arguments: dict[str, Any] = {"weight_offset": weight_offset, "min_scale": min_scale, "lowest": lowest, **rounding}
     vectors: dict[str, Any] = {"weight": weight, "beta": beta, "smooth": smooth}
-    _check("rms_norm_quant", x, None, vectors, scale, zero_point, **arguments, sum_dtype=None, cores=cores)
+    _check("rms_norm_quant", x, None, vectors, scale, zero_point, norm_dtype=norm_dtype, sum_dtype=None, **form)
     return _results(x, None, scale, norm_dtype, None, return_norm)[:3]
 
 
@@ -296,24 +290,18 @@ def _(
     weight: Tensor | None,
     eps: float,
     *,
-    bias: Tensor | None = None,
-    norm_unrounded: bool = False,
-    sum_dtype: torch.dtype | None = None,
-    beta: Tensor | None = None,
-    weight_offset: int = 0,
-    round_dtype: torch.dtype | None = None,
-    norm_dtype: torch.dtype | None = None,
-    smooth: Tensor | None = None,
-    min_scale: float = 0.0,
-    scale: Tensor | None = None,
-    zero_point: Tensor | None = None,
-    divide: bool | None = None,
-    lowest: int = -128,
-    return_norm: bool = False,
-    cores: int,
+    bias: Tensor | None,
+    norm_unrounded: bool,
+    beta: Tensor | None,
+    smooth: Tensor | None,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    divide: bool | None,
+    norm_dtype: torch.dtype | None,
+    sum_dtype: torch.dtype | None,
+    return_norm: bool,
+    **form: Any,
 ) -> Results:
-    rounding: dict[str, Any] = {"round_dtype": round_dtype, "norm_dtype": norm_dtype}
-    arguments: dict[str, Any] = {"weight_offset": weight_offset, "min_scale": min_scale, "lowest": lowest, **rounding}
     vectors: dict[str, Any] = {"weight": weight, "bias": bias, "beta": beta, "smooth": smooth}
-    _check("add_rms_norm_quant", x, residual, vectors, scale, zero_point, **arguments, sum_dtype=sum_dtype, cores=cores)
+    _check("add_rms_norm_quant", x, residual, vectors, scale, zero_point, norm_dtype=norm_dtype, sum_dtype=sum_dtype, **form)
     return _results(x, residual, scale, norm_dtype, sum_dtype, return_norm)
