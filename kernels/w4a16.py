@@ -23,7 +23,7 @@ from .launch import Device, Launch, cube_grid, power_of_2, product_columns, vect
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Nibble i of a word of AWQ holds column AWQ_ORDER[i] of eight."""
 MOST_NARROW_ROWS = 32
-"""Up to so many rows a GPU takes `w4a16_narrow_kernel`, where a group has at least 128 inputs."""
+"""From 3 to so many rows a GPU takes `w4a16_narrow_kernel`, where a group has at least 128 inputs."""
 
 
 def plane_rows(inputs: int, group: int) -> int:
@@ -379,11 +379,11 @@ def _gemv_tile(problems: int, inputs: int, outputs: int, group: int, plane: int,
 
     if device.kind == "npu":
         return plane, min(64 if tokens in (1, 4) else 32, max(8, power_of_2(outputs)))
-    # As many columns as leave a program for every multiprocessor, 64 bytes at the least. A step is 8 words a thread, by up to 16 warps:
-    # with the steps that are under way, up to 64 KiB on each multiprocessor.
+    # As many columns as leave a program for every multiprocessor, 64 bytes at the least. A step is up to 16 words a thread, of 16 warps:
+    # up to 32 KiB under way on each multiprocessor.
     block = next((size for size in (64, 32) if problems * -(-outputs // size) >= 0.9 * device.cores), 16)
-    most = 4096 // block if inputs >= 4096 else 2048 // block
-    return next(size for size in (most, 64, 32, 16, 8, 4) if size <= most and fits(size)), block
+    most = 8192 // (tokens * block)
+    return next(size for size in (256, 128, 64, 32, 16, 8, 4) if size <= most and fits(size)), block
 
 
 def w4a16_gemv_launch(rows: int, inputs: int, outputs: int, group: int, device: Device, *, experts: bool = False) -> Launch:
@@ -397,9 +397,10 @@ def w4a16_gemv_launch(rows: int, inputs: int, outputs: int, group: int, device: 
     tokens = 1 if experts else min(power_of_2(rows), most_gemv_rows(device))
     words, block = _gemv_tile(-(-rows // tokens), inputs, outputs, group, plane, tokens, device)
     layer = {"INPUTS": inputs, "OUTPUTS": outputs, "GROUP": group, "PLANE": plane}
-    tile = {"WORDS": words, "BLOCK": block, "TOKENS": tokens, "STAGES": min(4, inputs // 8 // words)}
+    # A GPU's threads keep the words that they load: by way of shared memory, which stages are, an H100 took half as long again.
+    tile = {"WORDS": words, "BLOCK": block, "TOKENS": tokens, "STAGES": min(4, inputs // 8 // words) if device.kind == "npu" else 1}
     grid = vector_grid(-(-rows // tokens) * -(-outputs // block), device)
-    options = {} if device.kind == "npu" else {"num_warps": min(max(words * block // 256, 1), 16)}
+    options = {} if device.kind == "npu" else {"num_warps": min(max(words * block // 128, 1), 16)}
     return Launch(w4a16_gemv_kernel, grid, layer | tile, options)
 
 
@@ -410,7 +411,7 @@ def most_gemv_rows(device: Device) -> int:
 
 def is_narrow(rows: int, inputs: int, group: int, device: Device) -> bool:
     """Whether `w4a16_narrow_kernel` is for so many rows."""
-    return device.kind != "npu" and rows <= MOST_NARROW_ROWS and plane_rows(inputs, group) == 16
+    return device.kind != "npu" and most_gemv_rows(device) < rows <= MOST_NARROW_ROWS and plane_rows(inputs, group) == 16
 
 
 def w4a16_narrow_launch(rows: int, inputs: int, outputs: int, group: int, device: Device) -> Launch:

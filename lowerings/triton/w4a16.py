@@ -52,7 +52,7 @@ def w4a16_linear(
     """y = x W + bias with W[k, n] = (q[k, n] - zeros[k // group_size, n]) * scales[k // group_size, n], in one launch; contiguous result.
 
     Up to 8 rows (2 on a GPU), and wherever rows have experts, vectors compute it (`w4a16_gemv_kernel`), else products
-    (`w4a16_gemm_kernel`); on a GPU products of another kind up to 32 rows, if a group has 128 inputs (`w4a16_narrow_kernel`). The shape
+    (`w4a16_gemm_kernel`); on a GPU products of another kind from 3 to 32 rows, if a group has 128 inputs (`w4a16_narrow_kernel`). The shape
     decides.
 
     Args:
