@@ -307,10 +307,11 @@ def test_what_a_narrow_product_has_under_way_fits_shared_memory(inputs: int, out
 
 
 def test_which_rows_are_narrow() -> None:
-    assert all(kernels.is_narrow(rows, 4096, group, H100) for rows in (1, 32) for group in (128, 4096))
+    assert all(kernels.is_narrow(rows, 4096, group, H100) for rows in (3, 32) for group in (128, 4096))
     assert not kernels.is_narrow(33, 4096, 128, H100)
-    assert not kernels.is_narrow(1, 4096, 64, H100), "a product takes 16 inputs at least, which are of one group"
-    assert not kernels.is_narrow(1, 4096, 128, A2)
+    assert not kernels.is_narrow(2, 4096, 128, H100), "vectors are faster"
+    assert not kernels.is_narrow(3, 4096, 64, H100), "a product takes 16 inputs at least, which are of one group"
+    assert not kernels.is_narrow(3, 4096, 128, A2)
 
 
 # -------------------------------------------------------------------- fake kernels
