@@ -81,7 +81,10 @@ def copy_bandwidth() -> float:
     """
     source = torch.zeros(2**29, dtype=torch.bfloat16, device="cuda")
     target = torch.empty_like(source)
-    ways = [graph_of("copy", lambda a, b: b.copy_(a), [(source, target)]), graph_of("neg", lambda a, b: torch.neg(a, out=b), [(source, target)])]
+    ways = [
+        graph_of("copy", lambda a, b: b.copy_(a), [(source, target)]),
+        graph_of("neg", lambda a, b: torch.neg(a, out=b), [(source, target)]),
+    ]
     return 2 * bytes_of(source) / min(microseconds(ways).values())
 
 
