@@ -336,16 +336,16 @@ def _length_factor(squares, eps, scale, LIMIT: tl.constexpr):
 
 
 def row_tiles(
-    rows: int, hidden: int, device: Device, *, whole: int, chunk: int, reductions: int = 1
+    rows: int, hidden: int, device: Device, *, whole: int, chunk: int, held: int = 16
 ) -> tuple[int, dict[str, int], dict[str, int]]:
     """How rows are dealt out: the grid, the constants ROWS and BLOCK, and the compiler's options.
 
     Args:
         whole: the longest row that an NPU's core holds beside what the kernel computes of it.
         chunk: the longest block in which it walks a longer one.
-        reductions: how often a GPU's warps wait for each other over a row. More than once, and where there are rows enough that others go
-            on meanwhile, smaller programs are faster: of 7168 bf16 elements by 8 warps rather than 16, 43.7 and 52.8 us (layer norm), 32.2
-            and 42.2 (quantising), 4096 rows on an H100.
+        held: how many elements of a row a GPU's thread holds where there are rows enough to fill the GPU. Where the warps of a row wait
+            for each other more than once, 32 are better than 16: while few warps wait those of other rows go on. (4096 rows of 7168 bf16
+            elements on an H100: 43.7 and 52.8 us for layer norm, 32.2 and 42.2 for quantising.)
     """
     block = power_of_2(hidden)
     most_rows = power_of_2(-(-rows // device.cores))  # a tile has several rows only where every core has some
@@ -358,8 +358,8 @@ def row_tiles(
         block = dividing_block(hidden, 4096, 16384)
     tile_rows = min(max(1, 1024 // block), most_rows)
     warps = min(max(tile_rows * block // 512, 1), 16)
-    if reductions > 1 and rows >= 4 * device.cores and 4096 <= block <= 8192:
-        warps //= 2
+    if rows >= 4 * device.cores:
+        warps = min(warps, max(tile_rows * block // (32 * held), 4))
     return vector_grid(-(-rows // tile_rows), device), {"ROWS": tile_rows, "BLOCK": block}, {"num_warps": warps}
 
 
@@ -421,7 +421,7 @@ def layer_norm_launch(
         round_to, product: as in `rms_norm_launch`.
         biased: dtype to which the sum with the bias is rounded in between.
     """
-    grid, tile, options = row_tiles(rows, hidden, device, whole=4096, chunk=4096, reductions=2)
+    grid, tile, options = row_tiles(rows, hidden, device, whole=4096, chunk=4096, held=32)
     rounding = {"ROUND": dtype_of(round_to), "PRODUCT": dtype_of(product), "BIASED": dtype_of(biased)}
     return Launch(layer_norm_kernel, grid, {"HIDDEN": hidden, **tile, **rounding}, options)
 

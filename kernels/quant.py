@@ -345,10 +345,10 @@ def dequantize_kernel(
 
 
 def int8_tiles(
-    rows: int, hidden: int, device: Device, *, whole: int, chunk: int, reductions: int = 1
+    rows: int, hidden: int, device: Device, *, whole: int, chunk: int, held: int = 16
 ) -> tuple[int, dict[str, int], dict[str, int]]:
     """`row_tiles` for int8 results: on an NPU a tile has one row, or at least the 32 to which its rows would be padded."""
-    grid, tile, options = row_tiles(rows, hidden, device, whole=whole, chunk=chunk, reductions=reductions)
+    grid, tile, options = row_tiles(rows, hidden, device, whole=whole, chunk=chunk, held=held)
     if device.kind == "npu" and tile["ROWS"] < 32:
         grid, tile = vector_grid(rows, device), {**tile, "ROWS": 1}
     return grid, tile, options
@@ -362,8 +362,8 @@ def dynamic_quantize_launch(rows: int, hidden: int, device: Device, *, smooth: b
         divide: divides by the scale instead of multiplying by its reciprocal.
     """
     block = 2048 if smooth else 4096
-    # A row's int8 results change threads before they are stored: the second time that warps wait.
-    grid, tile, options = int8_tiles(rows, hidden, device, whole=block, chunk=block, reductions=2)
+    # Warps wait for the largest magnitude, and again where results change threads to be stored side by side.
+    grid, tile, options = int8_tiles(rows, hidden, device, whole=block, chunk=block, held=32)
     return Launch(dynamic_quantize_kernel, grid, {"HIDDEN": hidden, **tile, "DIVIDE": divide}, options)
 
 
