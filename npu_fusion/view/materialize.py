@@ -96,6 +96,9 @@ class Materializer:
             return self._call(aten.slice.Tensor, args[0], attrs["dim"], *bounds)
         if op == "cat":
             return self._call(aten.cat.default, args, attrs["dim"])
+        if op == "full":
+            sizes = [self.size(d) for d in attrs["shape"]]
+            return self._call(aten.full.default, sizes, attrs["value"], dtype=value.dtype, device=attrs["device"])
         if op in ("view_as_real", "view_as_complex"):
             return self._call(getattr(aten, op).default, args[0])
         if op in ("mean", "sum"):
