@@ -9,6 +9,7 @@ from . import (
     matmul,  # noqa: F401
     norm,  # noqa: F401
     quant,  # noqa: F401
+    quant_linear,  # noqa: F401
     rope,  # noqa: F401
     rope_norm,  # noqa: F401
 )

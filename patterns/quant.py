@@ -28,6 +28,7 @@ from npu_fusion.pattern import (
     Pattern,
     amax,
     any_of,
+    anything,
     bits,
     cast,
     lit,
@@ -300,9 +301,9 @@ def _nonzero(m: Match) -> bool:
 
 
 def _stays_in_range(m: Match) -> bool:
-    """A quotient in fp32 exceeds the number of steps by less than a half."""
-    wide = all(bits(m[name].dtype) >= 32 for name in ("quotient", "scale", "raw_scale"))
-    return wide and m.root.dtype is torch.int8 and _steps(m)[0] <= 127 and "span" not in m
+    """The largest quotient exceeds the number of steps by less than a half, whatever the three roundings on the way to it do."""
+    rounding = max(torch.finfo(m[name].dtype).eps for name in ("quotient", "scale", "raw_scale"))
+    return "span" not in m and _steps(m)[0] <= 127 and _steps(m)[0] * (1 + rounding / 2) ** 3 < 127.5
 
 
 def _found_arguments(m: Match) -> dict[str, Any]:
@@ -529,6 +530,8 @@ def rewrite_given(m: Match) -> Call:
     return Call(quantize, args, [m.root, None, None])
 
 
+_betrayed = _round(anything()).as_("site")
+
 QUANTIZE = Rule(
     "quantize",
     pattern=stored(any_of(whole(by_given), shifted(by_given, given_zero))),
@@ -536,9 +539,9 @@ QUANTIZE = Rule(
     rewrite=rewrite_given,
     produces="quantize",
     idioms={"quantize": "site"},
-    gist=cast(opt_cast(any_of(clamped(opt_cast(_round(op_any_args("div")) + any_of(var("any_zero")))), clamped(_round(op_any_args("div"))))))
-    .where(lambda value: value.dtype in (torch.int8, torch.uint8), "the result is no whole number")
-    .as_("site"),
+    gist=cast(
+        opt_cast(any_of(clamped(opt_cast(any_of(_betrayed + var("any_zero"), _betrayed))), _round(clamped(anything())).as_("site"), _betrayed))
+    ).where(lambda value: value.dtype in (torch.int8, torch.uint8), "the result is not stored in a byte"),
 )
 
 # -------------------------------------------------------------------- float8
