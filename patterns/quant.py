@@ -335,6 +335,7 @@ QUANTIZE_ROWS = Rule(
     rewrite=rewrite_found,
     produces="quantize",
     idioms={"quantize": "site"},
+    hidden_launches=1,
 )
 
 # ---- asymmetric
@@ -387,6 +388,7 @@ QUANTIZE_ROWS_ASYMMETRIC = Rule(
     rewrite=rewrite_found_zero,
     produces="quantize",
     idioms={"quantize": "site"},
+    hidden_launches=1,
 )
 
 # ---- the reciprocal of the scale is computed by itself
@@ -445,6 +447,7 @@ QUANTIZE_BY_INVERSE = Rule(
     rewrite=rewrite_inverse,
     produces="quantize",
     idioms={"quantize": "site"},
+    hidden_launches=1,
 )
 
 # -------------------------------------------------------------------- scales that are given
@@ -539,6 +542,7 @@ QUANTIZE = Rule(
     rewrite=rewrite_given,
     produces="quantize",
     idioms={"quantize": "site"},
+    hidden_launches=1,
     gist=cast(
         opt_cast(any_of(clamped(opt_cast(any_of(_betrayed + var("any_zero"), _betrayed))), _round(clamped(anything())).as_("site"), _betrayed))
     ).where(lambda value: value.dtype in (torch.int8, torch.uint8), "the result is not stored in a byte"),
@@ -568,6 +572,7 @@ QUANTIZE_FLOAT8 = Rule(
     rewrite=rewrite_given,
     produces="quantize",
     idioms={"quantize": "site"},
+    hidden_launches=1,
 )
 
 
@@ -590,6 +595,7 @@ QUANTIZE_FLOAT8_ROWS = Rule(
     rewrite=rewrite_found,
     produces="quantize",
     idioms={"quantize": "site"},
+    hidden_launches=1,
 )
 
 # -------------------------------------------------------------------- smoothing

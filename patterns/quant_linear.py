@@ -18,10 +18,10 @@ import torch
 from npu_fusion.match import Match
 from npu_fusion.ops.quant import dequantize, quant_linear
 from npu_fusion.ops.quant_core import FLOAT8_DTYPES
-from npu_fusion.pattern import Pattern, any_of, bits, cast, lit, op, opt_cast, opt_round, opt_upcast, opt_view, sem, var
+from npu_fusion.pattern import Pattern, any_of, anything, bits, cast, lit, op, opt_cast, opt_round, opt_upcast, opt_view, sem, var
 from npu_fusion.rule import Call, Reject, Rule, register_builtin
 from npu_fusion.view import Value
-from npu_fusion.view.shapes import broadcast, known_ge, same_shape
+from npu_fusion.view.shapes import broadcast, known_equal, known_ge, same_shape
 
 # -------------------------------------------------------------------- products
 
@@ -31,8 +31,17 @@ _EXACT = {torch.float32: 2**24, torch.float64: 2**53}
 
 
 def check_product(m: Match) -> Reject | None:
-    """Two int8 operands, the second one a matrix; sums that the type of the product holds."""
-    site, x, weight = m["site"], m["x"], m["weight"]
+    return _why_no_product(m["site"], m["x"], m["weight"])
+
+
+def _is_product(value: Value) -> bool:
+    if value.op != "matmul" or any(arg.op != "cast" for arg in value.args):
+        return False
+    return _why_no_product(value, *(arg.args[0] for arg in value.args)) is None
+
+
+def _why_no_product(site: Value, x: Value, weight: Value) -> Reject | None:
+    """None for two int8 operands, the second one a matrix, and sums that the type of the product holds."""
     if x.dtype is not torch.int8 or weight.dtype is not torch.int8:
         return Reject(f"the operands are {x.dtype} and {weight.dtype}, not int8", site)
     if weight.ndim != 2 or x.ndim < 2:
@@ -70,7 +79,8 @@ def _along(tensor: Pattern) -> Pattern:
     return opt_cast(tensor)
 
 
-whole = any_of(cast(number), sem("quantize").as_("carried"))
+in_floats = op("matmul", cast(anything()), cast(anything())).where(_is_product, "no exact product of whole numbers")
+whole = any_of(cast(number), any_of(sem("quantize"), opt_view(in_floats, "reshape")).as_("carried"))
 biased = cast(number + opt_cast(var("whole_bias")))
 centred = any_of(whole - _along(zero), cast(number - opt_cast(zero)), whole + lit("minus_zero"), cast(number + lit("minus_zero")), biased, whole)
 first_scale = any_of(lit("scale_number"), _along(scale))
@@ -96,7 +106,7 @@ def _is_quantised(m: Match) -> bool:
     bare = n
     while bare.op in ("reshape", "expand", "permute", "slice"):
         bare = bare.args[0]
-    made = any(v.form(name) is not None for v in (n, bare) for name in ("quantize", "quant_linear"))
+    made = any(v.form("quantize") is not None or _is_product(v) for v in (n, bare))
     return made or n.dtype in (torch.int8, torch.uint8, *FLOAT8_DTYPES)
 
 
@@ -111,6 +121,8 @@ def check_dequantize(m: Match) -> Reject | None:
         return Reject("what is scaled are no quantised numbers", site)
     if not same_shape(site.shape, n.shape) or not bits(site.dtype):
         return Reject("the result has another shape than the quantised numbers", site)
+    if not same_shape(m.root.shape, n.shape) and not _splits_rows(m.root, n):
+        return Reject("the result is reshaped by more than a split of its rows", m.root)
     for name in ("scale", "scale2", "bias", "zero"):
         if name in m and not _broadcasts(m[name], n):
             return Reject(f"the {name} does not broadcast to the quantised numbers", m[name])
@@ -142,6 +154,21 @@ def _check_types(m: Match) -> Reject | None:
     return None
 
 
+def _splits_rows(root: Value, n: Value) -> bool:
+    """Whether [M, N] becomes [..., N] of equally many rows."""
+    return n.ndim == 2 and root.ndim > 2 and known_equal(root.shape[-1], n.shape[-1])
+
+
+def _by_rows(m: Match, value: Value | None) -> Value | None:
+    """What goes with the numbers, in the rows of the result."""
+    n = _numbers(m)
+    if value is None or value.ndim != 2 or same_shape(m.root.shape, n.shape):
+        return value
+    if known_equal(value.shape[0], n.shape[0]):
+        return m.view.canon.reshape(value, (*m.root.shape[:-1], value.shape[1]))
+    return m.view.canon.reshape(value, value.shape[1:]) if known_equal(value.shape[0], 1) else value
+
+
 def _constant(m: Match, value: float, dtype: torch.dtype) -> Value:
     node = _numbers(m).node or m.root.node
     assert node is not None
@@ -159,11 +186,11 @@ def rewrite_dequantize(m: Match) -> Call:
     if "minus_zero" in m:
         zero_ = _constant(m, -(m.number("minus_zero") or 0.0), wide)
     args: dict[str, Any] = {
-        "x": _numbers(m),
-        "scale": scale_,
-        "scale2": m.get("scale2"),
-        "zero_point": zero_,
-        "bias": m.get("whole_bias", bias_),
+        "x": _by_rows(m, _numbers(m)),
+        "scale": _by_rows(m, scale_),
+        "scale2": _by_rows(m, m.get("scale2")),
+        "zero_point": _by_rows(m, zero_),
+        "bias": _by_rows(m, m.get("whole_bias", bias_)),
         "bias_first": "whole_bias" in m,
         "combined": "combined" in m,
         "compute_dtype": compute,
@@ -175,11 +202,12 @@ def rewrite_dequantize(m: Match) -> Call:
 
 DEQUANTIZE = Rule(
     "dequantize",
-    pattern=opt_round(with_bias),
+    pattern=opt_round(opt_view(with_bias, "reshape")),
     check=check_dequantize,
     rewrite=rewrite_dequantize,
     produces="dequantize",
     idioms={"dequantize": "site"},
+    hidden_launches=1,
 )
 
 # -------------------------------------------------------------------- linears
@@ -190,8 +218,8 @@ _SCALES = ("scale", "scale2", "bias", "combined", "bias_first", "compute_dtype",
 def check_quant_linear(m: Match) -> Reject | None:
     """A product whose sums nothing has scaled yet; scales that broadcast to what the linear gives."""
     product, how = m.form("product"), m.form("y")
-    if product.args.get("scale") is not None or product.args.get("out_dtype") not in (None, torch.int32):
-        return Reject("the product is scaled already, or is in floating point", m["product"])
+    if product.args.get("scale") is not None:
+        return Reject("the product is scaled already", m["product"])
     if how.args.get("zero_point") is not None:
         return Reject("the sums have a zero point", m["y"])
     return None

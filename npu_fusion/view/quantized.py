@@ -12,6 +12,7 @@ import torch
 from torch.fx import Node
 
 from .build import ViewBuilder, handles, meta_of
+from .canon import number_of
 from .shapes import known_equal, normal_dim
 from .value import Value
 
@@ -64,7 +65,8 @@ def _quantize(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     width = x.dtype if scale.dtype is None or not scale.shape or x.dtype is None else torch.promote_types(x.dtype, scale.dtype)
     assert width is not None
     x = b.canon.cast(x, width)
-    inverse = b.canon.binary("div", b.canon.const(1.0), scale) if scale.dtype is None else b.canon.unary("reciprocal", scale)
+    number = number_of(scale)
+    inverse = b.canon.const(1.0 / number) if number else b.canon.unary("reciprocal", scale)
     value = b.canon.binary("mul", x, b.canon.cast(inverse, width), x.shape)
     zero = b.canon.cast(zero, width)
     if name == "quantize_per_token":
