@@ -57,6 +57,11 @@ def _round(value: Pattern) -> Pattern:
     return op("round", value)
 
 
+def _statistic(inner: Pattern) -> Pattern:
+    """A number of each row, in whatever type and with its unit dimension or without."""
+    return opt_cast(opt_view(inner, "reshape"))
+
+
 # -------------------------------------------------------------------- the scale of a row
 
 amin_ = op("amin", opt_upcast(x), dims=ROWS)
@@ -86,14 +91,14 @@ def floored(value: Pattern, name: str, one: str, add: str) -> Pattern:
     )
 
 
-range_end = floored(opt_cast(largest), "amax", "one_amax", "add_amax")
-symmetric_scale = (opt_cast(range_end) * lit("per_step")).as_("raw_scale")
-asymmetric_scale = ((opt_cast(high_end) - opt_cast(low_end)).as_("span") * lit("per_step")).as_("raw_scale")
+range_end = floored(_statistic(largest), "amax", "one_amax", "add_amax")
+symmetric_scale = (_statistic(range_end) * lit("per_step")).as_("raw_scale")
+asymmetric_scale = ((_statistic(high_end) - _statistic(low_end)).as_("span") * lit("per_step")).as_("raw_scale")
 
 
 def finished(raw: Pattern) -> Pattern:
     """The scale as it divides: kept from 0, rounded to a narrower type."""
-    return opt_round(floored(opt_cast(raw), "scale", "one", "add_scale")).as_("scale")
+    return opt_round(floored(_statistic(raw), "scale", "one", "add_scale")).as_("scale")
 
 
 def over(value: Pattern, scale: Pattern) -> Pattern:
@@ -393,7 +398,7 @@ QUANTIZE_ROWS_ASYMMETRIC = Rule(
 
 # ---- the reciprocal of the scale is computed by itself
 
-inverse = (lit("steps") / opt_cast(range_end)).as_("inverse")
+inverse = (lit("steps") / _statistic(range_end)).as_("inverse")
 
 
 def _scale_beside(m: Match) -> Value | None:

@@ -179,7 +179,8 @@ class Quantization:
         elif apply == "narrow_reciprocal":
             scale = 1.0 / scale
         v = v.to(dtype)
-        return v / scale.to(dtype) if apply == "divide" else v * scale.to(dtype)
+        scale = scale.to(dtype) if scale.dim() else scale  # one number is not rounded to the type of what it divides
+        return v / scale if apply == "divide" else v * scale
 
     def _rounded(self, value: Tensor, zero: Tensor | None) -> Tensor:
         if self.dtype in FLOAT8_DTYPES:

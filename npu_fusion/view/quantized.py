@@ -113,18 +113,3 @@ def _scale_and_zero(b: ViewBuilder, x: Value, args: list[Any]) -> tuple[Value, V
         elif value.ndim == 1 and known_equal(value.shape[0], 1):
             values[i] = b.canon.reshape(value, ())
     return values[0], values[1], rest[:3]
-
-
-@handles("quantized_decomposed::choose_qparams_per_token")
-def _choose_per_token(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
-    """max(|x|) of each row, at least 1e-5, by 127; a zero point of 0."""
-    x = b.operand(args[0])
-    amax = b.canon.reduce("amax", b.canon.unary("abs", x), [-1], keepdim=True)
-    if x.dtype is torch.float16:
-        amax = b.canon.cast(amax, torch.float32)
-    floored = b.table.intern("clamp", (amax, b.canon.const(1e-5)), {"low": True, "high": False}, amax.shape, amax.dtype)
-    scale = b.canon.binary("div", floored, b.canon.const(127), floored.shape)
-    if scale.dtype is None:
-        return None
-    attrs = {"value": 0.0, "shape": scale.shape, "device": args[0].meta["val"].device}
-    return b.table.unique("split", (x,), {"parts": (scale, b.table.intern("full", (), attrs, scale.shape, scale.dtype))}, (), None)

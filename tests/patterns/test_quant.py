@@ -81,7 +81,8 @@ def asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def decomposed_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale, zero = torch.ops.quantized_decomposed.choose_qparams_per_token(x, torch.int8)
+    scale = x.float().abs().amax(-1, keepdim=True) / 127
+    zero = torch.zeros(scale.shape, dtype=torch.int64)
     return torch.ops.quantized_decomposed.quantize_per_token(x, scale, zero, -128, 127, torch.int8), scale
 
 
@@ -142,7 +143,7 @@ def _static(x: Tensor) -> list[Tensor]:
         to_int8(torch.round(x * CHANNELS)),
         to_int8(torch.round(x / scale) + zero),
         to_int8(torch.round(x / 0.05 + 3)),
-        torch.clamp(torch.round(x / 0.05) + 128, 0, 255).to(torch.uint8),
+        torch.clamp(torch.round(x / 0.07) + 128, 0, 255).to(torch.uint8),
         ops.quantize_per_tensor(x.float(), 0.05, 3, -128, 127, torch.int8),
         ops.quantize_per_channel(x.float(), CHANNELS, torch.ones(H, dtype=torch.int64), 2, -128, 127, torch.int8),
     ]
