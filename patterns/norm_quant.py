@@ -40,9 +40,15 @@ def _keeps_types(m: Match, name: str) -> Reject | None:
     form, q = m.form(name), m.form("q")
     if q.args.get("smooth") is not None and q.args["x"].dtype is not m[name].dtype:
         return Reject("the result is widened before it is smoothed", m[name])
+    if q.args.get("smooth") is not None and any(_is_norm(part.call.args["x"]) for part in q.match.parts if part.call.op.name == "quantize"):
+        return Reject("what looks like a smoothing is the norm's own weight", m[name])
     if form.args.get("gate") is not None or form.args.get("group_size"):
         return Reject("the norm has a gate or runs over groups of channels", m[name])
     return None
+
+
+def _is_norm(value: Value) -> bool:
+    return any(value.form(name) is not None for name in ("rms_norm", "add_rms_norm"))
 
 
 def _steps_apart(m: Match, name: str) -> dict[str, Any]:
@@ -151,9 +157,7 @@ def rewrite_sums(m: Match) -> Call:
 
 DEQUANT_GLU_QUANT = Rule(
     "dequant_glu_quant",
-    pattern=sem(
-        "quantize", x=opt_upcast(sem("glu", gate=opt_view(sem("dequantize").as_("sums"), "reshape")).as_("unit"))
-    ).as_("q"),
+    pattern=sem("quantize", x=opt_upcast(sem("glu", gate=opt_view(sem("dequantize").as_("sums"), "reshape")).as_("unit"))).as_("q"),
     check=check_sums,
     rewrite=rewrite_sums,
     produces="dequant_glu_quant",

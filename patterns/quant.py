@@ -403,7 +403,7 @@ inverse = (lit("steps") / _statistic(range_end)).as_("inverse")
 
 def _scale_beside(m: Match) -> Value | None:
     """The scale a / steps that the model computes beside steps / a, if it does."""
-    ends = [m["inverse"].args[1]]
+    ends: list[Value] = [m["inverse"].args[1]]
     ends += [user for end in ends for user in end.users if user.op == "cast"]
     steps = m.number("steps")
     for end in ends:
@@ -549,7 +549,9 @@ QUANTIZE = Rule(
     idioms={"quantize": "site"},
     hidden_launches=1,
     gist=cast(
-        opt_cast(any_of(clamped(opt_cast(any_of(_betrayed + var("any_zero"), _betrayed))), _round(clamped(anything())).as_("site"), _betrayed))
+        opt_cast(
+            any_of(clamped(opt_cast(any_of(_betrayed + var("any_zero"), _betrayed))), _round(clamped(anything())).as_("site"), _betrayed)
+        )
     ).where(lambda value: value.dtype in (torch.int8, torch.uint8), "the result is not stored in a byte"),
 )
 
@@ -650,4 +652,3 @@ SMOOTHED_QUANTIZE = Rule(
 register_builtin(
     QUANTIZE, QUANTIZE_ROWS, QUANTIZE_ROWS_ASYMMETRIC, QUANTIZE_BY_INVERSE, QUANTIZE_FLOAT8, QUANTIZE_FLOAT8_ROWS, SMOOTHED_QUANTIZE
 )
-

@@ -48,7 +48,7 @@ def _why_no_product(site: Value, x: Value, weight: Value) -> Reject | None:
         return Reject("the second operand is no matrix that all rows share", weight)
     if site.dtype is torch.int32:
         return None
-    limit = _EXACT.get(site.dtype)
+    limit = None if site.dtype is None else _EXACT.get(site.dtype)
     if limit is None:
         return Reject(f"sums of products are rounded in {site.dtype}", site)
     if not known_ge(limit // _LARGEST_PRODUCT, x.shape[-1]):
@@ -82,7 +82,9 @@ def _along(tensor: Pattern) -> Pattern:
 in_floats = op("matmul", cast(anything()), cast(anything())).where(_is_product, "no exact product of whole numbers")
 whole = any_of(cast(number), any_of(sem("quantize"), opt_view(in_floats, "reshape")).as_("carried"))
 biased = cast(number + opt_cast(var("whole_bias")))
-centred = any_of(whole - _along(zero), cast(number - opt_cast(zero)), whole + lit("minus_zero"), cast(number + lit("minus_zero")), biased, whole)
+centred = any_of(
+    whole - _along(zero), cast(number - opt_cast(zero)), whole + lit("minus_zero"), cast(number + lit("minus_zero")), biased, whole
+)
 first_scale = any_of(lit("scale_number"), _along(scale))
 scaled = any_of(
     (opt_cast((opt_cast(centred) * _along(scale)).as_("first")) * _along(scale2)).as_("site"),

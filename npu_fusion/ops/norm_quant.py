@@ -11,14 +11,14 @@ from ..semantic import semantic_op
 from ._common import check_type, check_value
 from .glu import glu
 from .norm import add_rms_norm, rms_norm
-from .quant_core import DEQUANTIZATION_NAMES, QUANTIZE_SCHEMA, Dequantization, Quantized, quantization
+from .quant_core import DEQUANTIZATION_NAMES, QUANTIZE_SCHEMA, Dequantization, Quantization, Quantized, quantization
 
 _NORM = "int weight_offset=0, ScalarType? round_dtype=None, ScalarType? norm_dtype=None, bool return_norm=False"
 
 
 def _norm_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the norm among those of an op, under its names."""
-    taken = {name: options.pop(name) for name in ("weight_offset", "round_dtype") if name in options}
+    taken: dict[str, Any] = {name: options.pop(name) for name in ("weight_offset", "round_dtype") if name in options}
     return {**taken, "out_dtype": options.pop("norm_dtype", None)}
 
 
@@ -116,7 +116,7 @@ def _added(
     scale: Tensor | None,
     zero_point: Tensor | None,
     options: dict[str, Any],
-) -> tuple[Tensor, Tensor, Any, bool]:
+) -> tuple[Tensor, Tensor, Quantization, bool]:
     """The norm, the sum, how the norm is quantised, and whether it is returned."""
     return_norm = options.pop("return_norm", False)
     sums = {name: options.pop(name) for name in ("bias", "norm_unrounded", "sum_dtype") if name in options}
@@ -158,9 +158,7 @@ def _unit_arguments(options: dict[str, Any]) -> dict[str, Any]:
     "quant",
     f"(Tensor gate, Tensor? up, Tensor? scale=None, Tensor? zero_point=None, *, {_UNIT}, {QUANTIZE_SCHEMA}) -> (Tensor, Tensor, Tensor)",
 )
-def glu_quant(
-    gate: Tensor, up: Tensor | None, scale: Tensor | None = None, zero_point: Tensor | None = None, **options: Any
-) -> Quantized:
+def glu_quant(gate: Tensor, up: Tensor | None, scale: Tensor | None = None, zero_point: Tensor | None = None, **options: Any) -> Quantized:
     """A gated unit, quantised.
 
     Maths: `y = glu(gate, up)`, then as `quantize(y, scale, zero_point)`.
@@ -216,7 +214,7 @@ def dequant_glu_quant(
 ) -> Quantized:
     """A gated unit of the int32 sums of an int8 matmul, quantised again.
 
-    Maths: `h = dequantize(x, sum_scale, sum_scale2, bias=sum_bias)` [..., 2I], `y = glu(h, None)`, then as `quantize(y, scale, zero_point)`.
+    Maths: `h = dequantize(x, sum_scale, sum_scale2, bias=sum_bias)` [..., 2I], `y = glu(h, None)`, then as `quantize`.
 
     Args:
         x: [..., 2I], int32: gate and up, merged.
@@ -238,7 +236,7 @@ def dequant_glu_quant(
     return how.quantize(y)
 
 
-def _of_sums(x: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor]:
+def _of_sums(x: Tensor, options: dict[str, Any]) -> tuple[Quantization, Tensor]:
     """The unit of the sums, and how it is quantised."""
     op = "dequant_glu_quant"
     check_type(op, x.dtype == torch.int32, f"x must be int32, not {x.dtype}")

@@ -1,4 +1,4 @@
-"""What the quantised families share: how a tensor is quantised, `Quantization`, and how whole numbers become floating again, `Dequantization`.
+"""What the quantised families share: `Quantization`, how a tensor is quantised, and `Dequantization`, how it becomes floating again.
 
 Both are plain data: every op that quantises has the arguments of `QUANTIZE_SCHEMA` besides its own. The maths is a model's own, step by
 step and rounding by rounding, so that a reference gives the model's bits.
@@ -267,7 +267,9 @@ class Dequantization:
         check_value(op, self.bias is not None or not self.bias_first, "bias_first needs a bias")
         if self.bias is not None:
             whole = self.bias.dtype == torch.int32
-            check_type(op, whole if self.bias_first or self.is_identity else self.bias.is_floating_point(), "bias has another kind of dtype")
+            check_type(
+                op, whole if self.bias_first or self.is_identity else self.bias.is_floating_point(), "bias has another kind of dtype"
+            )
         check_value(op, not self.is_identity or self.bias is None or self.bias_first, "whole results have a whole bias, added first")
         for name in ("scale", "scale2", "zero_point", "bias"):
             if (tensor := getattr(self, name)) is not None:

@@ -108,7 +108,7 @@ def _scale_and_zero(b: ViewBuilder, x: Value, args: list[Any]) -> tuple[Value, V
             values[i] = b.canon.const(0)
         elif axis is not None and value.ndim:
             shape = [1] * x.ndim
-            shape[normal_dim(axis, x.ndim)] = value.shape[0]  # type: ignore[call-overload]
+            shape[normal_dim(axis, x.ndim)] = value.shape[0]
             values[i] = b.canon.reshape(value, tuple(shape))
         elif value.ndim == 1 and known_equal(value.shape[0], 1):
             values[i] = b.canon.reshape(value, ())

@@ -54,7 +54,7 @@ def test_asymmetric_scales_hold_the_range() -> None:
         {"dtype": torch.float8_e4m3fn, "low": -448.0, "high": 448.0, "steps": 448.0},
         {"dtype": torch.float32, "steps": 7.0, "low": -8.0, "high": 7.0},
     ],
-    ids=str,
+    ids=lambda options: ", ".join(f"{name}={value}" for name, value in options.items() if name != "smooth") or "smooth",
 )
 def test_forms_come_back(options: dict[str, Any]) -> None:
     x = torch.randn(3, H)
