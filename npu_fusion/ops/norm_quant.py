@@ -40,7 +40,8 @@ def rms_norm_quant(
         eps: added to the mean square.
         scale, zero_point: as in `quantize`.
         options: `weight_offset` and `round_dtype` as in `rms_norm`; `norm_dtype`: dtype of y, None: that of x; `return_norm`: y is returned
-            too; and those of `quantize`.
+            too; and those of `quantize`: `smooth`, `smooth_divide`, `apply`, `symmetric`, `with_zero`, `per_tensor`, `steps`,
+            `steps_reciprocal`, `floor_mode`, `floor`, `round_last`, `low`, `high`, `dtype`, `compute_dtype`, `scale_dtype`, `value_dtype`.
 
     Returns:
         q, scale and zero point as in `quantize`; y [..., H], or [0] without `return_norm`.
@@ -48,7 +49,8 @@ def rms_norm_quant(
     Rounding: as in `rms_norm` and `quantize`.
 
     Raises:
-        TypeError, ValueError: as `rms_norm` and `quantize`.
+        TypeError: as `rms_norm` and `quantize`.
+        ValueError: as `rms_norm` and `quantize`.
 
     Source: `npu_rms_norm_quant`, `npu_rms_norm_quant_v2` of torch_npu.
     """
@@ -92,7 +94,8 @@ def add_rms_norm_quant(
         x, residual, weight, eps: as in `add_rms_norm`.
         scale, zero_point: as in `quantize`.
         options: `bias`, `norm_unrounded`, `sum_dtype`, `weight_offset`, `round_dtype` as in `add_rms_norm`; `norm_dtype`: dtype of y, None:
-            that of the sum; `return_norm`: y is returned too; and those of `quantize`.
+            that of the sum; `return_norm`: y is returned too; and those of `quantize`: `smooth`, `smooth_divide`, `apply`, `symmetric`, `with_zero`, `per_tensor`, `steps`,
+            `steps_reciprocal`, `floor_mode`, `floor`, `round_last`, `low`, `high`, `dtype`, `compute_dtype`, `scale_dtype`, `value_dtype`.
 
     Returns:
         q, scale and zero point as in `quantize`; y [..., H], or [0] without `return_norm`; the sum [..., H].
@@ -100,7 +103,8 @@ def add_rms_norm_quant(
     Rounding: as in `add_rms_norm` and `quantize`.
 
     Raises:
-        TypeError, ValueError: as `add_rms_norm` and `quantize`.
+        TypeError: as `add_rms_norm` and `quantize`.
+        ValueError: as `add_rms_norm` and `quantize`.
 
     Source: `npu_add_rms_norm_quant`, `npu_add_rms_norm_dynamic_quant` of torch_npu.
     """
@@ -167,7 +171,8 @@ def glu_quant(gate: Tensor, up: Tensor | None, scale: Tensor | None = None, zero
         gate, up: as in `glu`.
         scale, zero_point: as in `quantize`.
         options: `activation`, `layout`, `alpha`, `gate_limit`, `up_limit`, `up_offset`, `round_dtype` as in `glu`; `product_dtype`: its
-            `out_dtype`; and those of `quantize`.
+            `out_dtype`; and those of `quantize`: `smooth`, `smooth_divide`, `apply`, `symmetric`, `with_zero`, `per_tensor`, `steps`,
+            `steps_reciprocal`, `floor_mode`, `floor`, `round_last`, `low`, `high`, `dtype`, `compute_dtype`, `scale_dtype`, `value_dtype`.
 
     Returns:
         q, scale and zero point as in `quantize`.
@@ -175,7 +180,8 @@ def glu_quant(gate: Tensor, up: Tensor | None, scale: Tensor | None = None, zero
     Rounding: as in `glu` and `quantize`.
 
     Raises:
-        TypeError, ValueError: as `glu` and `quantize`.
+        TypeError: as `glu` and `quantize`.
+        ValueError: as `glu` and `quantize`.
 
     Source: `npu_swiglu_quant` of torch_npu.
     """
@@ -220,7 +226,10 @@ def dequant_glu_quant(
         x: [..., 2I], int32: gate and up, merged.
         sum_scale, sum_scale2: as `scale` and `scale2` of `dequantize`.
         scale, zero_point: as in `quantize`.
-        options: those of `dequantize`, their names behind `sum_`; those of `glu`, as in `glu_quant`; and those of `quantize`.
+        options: `sum_bias`, `sum_combined`, `sum_bias_first`, `sum_compute_dtype`, `sum_round_dtype`, `sum_out_dtype`: as those of
+            `dequantize`; `activation`, `layout`, `alpha`, `gate_limit`, `up_limit`, `up_offset`, `round_dtype`, `product_dtype`: as in
+            `glu_quant`; and those of `quantize`: `smooth`, `smooth_divide`, `apply`, `symmetric`, `with_zero`, `per_tensor`, `steps`,
+            `steps_reciprocal`, `floor_mode`, `floor`, `round_last`, `low`, `high`, `dtype`, `compute_dtype`, `scale_dtype`, `value_dtype`.
 
     Returns:
         q [..., I], scale and zero point as in `quantize`.
@@ -228,7 +237,8 @@ def dequant_glu_quant(
     Rounding: as in `dequantize`, `glu` and `quantize`.
 
     Raises:
-        TypeError, ValueError: as these.
+        TypeError: as these.
+        ValueError: as these.
 
     Source: `npu_dequant_swiglu_quant` of torch_npu.
     """
