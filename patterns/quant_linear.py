@@ -18,7 +18,7 @@ import torch
 from npu_fusion.match import Match
 from npu_fusion.ops.quant import dequantize, quant_linear
 from npu_fusion.ops.quant_core import FLOAT8_DTYPES
-from npu_fusion.pattern import Pattern, any_of, anything, bits, cast, lit, op, opt_cast, opt_round, opt_upcast, opt_view, sem, var
+from npu_fusion.pattern import Pattern, any_of, anything, bits, cast, lit, op, opt_cast, opt_round, opt_upcast, opt_view, sem, sum_, var
 from npu_fusion.rule import Call, Reject, Rule, register_builtin
 from npu_fusion.view import Value
 from npu_fusion.view.shapes import broadcast, known_equal, known_ge, same_shape
@@ -61,9 +61,14 @@ def rewrite_product(m: Match) -> Call:
     return Call(quant_linear, {"x": m["x"], "weight": m["weight"], "out_dtype": out}, [m.root])
 
 
+# torchao on a CPU multiplies x + 128 as unsigned numbers, and takes 128 times the sums of the weight's columns off again.
+as_unsigned = cast(cast(cast(var("x"), dtype=torch.int32) + 128, dtype=torch.uint8), dtype=torch.int32)
+column_sums = sum_(cast(var("weight"), dtype=torch.int32), dims=(0,))
+shifted_back = op("matmul", as_unsigned, cast(var("weight"), dtype=torch.int32)) - 128 * column_sums
+
 INT8_PRODUCT = Rule(
     "int8_product",
-    pattern=op("matmul", cast(var("x")), cast(var("weight"))).as_("site"),
+    pattern=any_of(op("matmul", cast(var("x")), cast(var("weight"))), shifted_back).as_("site"),
     check=check_product,
     rewrite=rewrite_product,
     produces="quant_linear",
@@ -91,7 +96,8 @@ scaled = any_of(
     (opt_cast(centred) * opt_cast((_along(scale) * _along(scale2)).as_("combined"))).as_("site"),
     (opt_cast(centred) * first_scale).as_("site"),
 )
-with_bias = any_of(opt_upcast(opt_round(scaled).as_("product")) + opt_upcast(bias), opt_round(scaled).as_("product"))
+product = opt_round(opt_view(scaled, "reshape")).as_("product")
+with_bias = any_of(opt_upcast(product) + opt_upcast(bias), product)
 
 
 def _numbers(m: Match) -> Value:
@@ -109,6 +115,7 @@ def _is_quantised(m: Match) -> bool:
     while bare.op in ("reshape", "expand", "permute", "slice"):
         bare = bare.args[0]
     made = any(v.form("quantize") is not None or _is_product(v) for v in (n, bare))
+    made = made or any(v.form("quant_linear") is not None for v in (n, bare))
     return made or n.dtype in (torch.int8, torch.uint8, *FLOAT8_DTYPES)
 
 

@@ -40,7 +40,8 @@ def rms_norm_quant(
         eps: added to the mean square.
         scale, zero_point: as in `quantize`.
         options: `weight_offset` and `round_dtype` as in `rms_norm`; `norm_dtype`: dtype of y, None: that of x; `return_norm`: y is returned
-            too; and those of `quantize`: `smooth`, `smooth_divide`, `apply`, `symmetric`, `with_zero`, `per_tensor`, `steps`,
+            too; and those of
+            `quantize`: `smooth`, `smooth_divide`, `apply`, `symmetric`, `with_zero`, `per_tensor`, `steps`,
             `steps_reciprocal`, `floor_mode`, `floor`, `round_last`, `low`, `high`, `dtype`, `compute_dtype`, `scale_dtype`, `value_dtype`.
 
     Returns:
@@ -94,7 +95,8 @@ def add_rms_norm_quant(
         x, residual, weight, eps: as in `add_rms_norm`.
         scale, zero_point: as in `quantize`.
         options: `bias`, `norm_unrounded`, `sum_dtype`, `weight_offset`, `round_dtype` as in `add_rms_norm`; `norm_dtype`: dtype of y, None:
-            that of the sum; `return_norm`: y is returned too; and those of `quantize`: `smooth`, `smooth_divide`, `apply`, `symmetric`, `with_zero`, `per_tensor`, `steps`,
+            that of the sum; `return_norm`: y is returned too; and those of
+            `quantize`: `smooth`, `smooth_divide`, `apply`, `symmetric`, `with_zero`, `per_tensor`, `steps`,
             `steps_reciprocal`, `floor_mode`, `floor`, `round_last`, `low`, `high`, `dtype`, `compute_dtype`, `scale_dtype`, `value_dtype`.
 
     Returns:
