@@ -33,7 +33,7 @@ CARRIERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 QUANTIZE_SCHEMA = (
     'Tensor? smooth=None, bool smooth_divide=False, str apply="divide", bool symmetric=True, bool with_zero=False, bool per_tensor=False, '
     'float steps=127.0, bool steps_reciprocal=False, str floor_mode="none", float floor=0.0, bool round_last=False, '
-    "float low=-128.0, float high=127.0, ScalarType dtype=int8, "
+    "float low=-128.0, float high=127.0, ScalarType? dtype=None, "
     "ScalarType? compute_dtype=None, ScalarType? scale_dtype=None, ScalarType? value_dtype=None"
 )
 
@@ -65,7 +65,7 @@ class Quantization:
         round_last: the zero point is added before rounding; a found zero point: rounded as `round(low - lo / s)` in place of
             `low - round(lo / s)`.
         low, high: the range of q.
-        dtype: of q: int8, uint8, int16, int32; float8 (rounded by the cast); or a floating dtype that holds the whole numbers.
+        dtype: of q; None: int8; uint8, int16, int32; float8 (rounded by the cast); or a floating dtype that holds the whole numbers.
         compute_dtype: in which s is computed; None: that of v.
         scale_dtype: to which s is rounded; None: `compute_dtype`.
         value_dtype: in which v is divided; None: what v and s promote to.
@@ -86,10 +86,15 @@ class Quantization:
     round_last: bool = False
     low: float = -128.0
     high: float = 127.0
-    dtype: torch.dtype = torch.int8
+    dtype: torch.dtype | None = None
     compute_dtype: torch.dtype | None = None
     scale_dtype: torch.dtype | None = None
     value_dtype: torch.dtype | None = None
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The dtype of q."""
+        return torch.int8 if self.dtype is None else self.dtype
 
     # ---------------------------------------------------------------- checks
 
@@ -100,7 +105,7 @@ class Quantization:
         check_floating(op, scale=self.scale, smooth=self.smooth)
         check_choice(op, "apply", self.apply, APPLY)
         check_choice(op, "floor_mode", self.floor_mode, FLOORS)
-        check_choice(op, "dtype", self.dtype, (*WHOLE_DTYPES, *FLOAT8_DTYPES, *CARRIERS))
+        check_choice(op, "dtype", self.stored, (*WHOLE_DTYPES, *FLOAT8_DTYPES, *CARRIERS))
         for name in ("compute_dtype", "scale_dtype", "value_dtype"):
             check_floating_dtype(op, name, getattr(self, name))
         check_value(op, self.low < self.high, f"low must be less than high: {self.low}, {self.high}")
@@ -183,12 +188,12 @@ class Quantization:
         return v / scale if apply == "divide" else v * scale
 
     def _rounded(self, value: Tensor, zero: Tensor | None) -> Tensor:
-        if self.dtype in FLOAT8_DTYPES:
-            return value.clamp(self.low, self.high).to(self.dtype)
+        if self.stored in FLOAT8_DTYPES:
+            return value.clamp(self.low, self.high).to(self.stored)
         if zero is None:
-            return torch.round(value).clamp(self.low, self.high).to(self.dtype)
+            return torch.round(value).clamp(self.low, self.high).to(self.stored)
         value = torch.round(value + zero) if self.round_last else torch.round(value) + zero
-        return value.clamp(self.low, self.high).to(self.dtype)
+        return value.clamp(self.low, self.high).to(self.stored)
 
     # ---------------------------------------------------------------- metadata
 
@@ -198,7 +203,7 @@ class Quantization:
 
     def empty(self, x: Tensor, dtype: torch.dtype | None = None) -> Quantized:
         """The metadata of the results for x, or for an x of that dtype."""
-        q = torch.empty_like(x, dtype=self.dtype)
+        q = torch.empty_like(x, dtype=self.stored)
         if self.scale is not None:
             return q, *self._nothing(x)
         v = dtype or x.dtype
