@@ -27,8 +27,9 @@ class Block(nn.Module):
         return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "dynamic"), [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)], ids=["float32", "bfloat16", "dynamic"]
+)
 def test_int8_activations_and_weights(dtype: torch.dtype, dynamic: bool) -> None:
     """Norm and quantisation are one op, and so are unit and quantisation; each linear is one more."""
     model = Block().to(dtype).eval()
