@@ -22,6 +22,7 @@ FAMILIES = (
     "rope_norm",
     "quant",
     "norm_quant",
+    "quantised",
     "attention",
 )
 

@@ -346,6 +346,8 @@ def _is_floating(x: Value) -> bool:
 
 
 def _is_zeros(x: Value) -> bool:
+    while x.op in ("cast", "reshape", "expand"):
+        x = x.args[0]
     return x.op == "full" and x.attrs["value"] == 0
 
 
