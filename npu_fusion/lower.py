@@ -30,7 +30,7 @@ from .lift import restore
 from .metadata import Metadata
 from .provenance import PROVENANCE
 from .record import GraphRecord
-from .semantic import SemanticOp, find_semantic_op
+from .semantic import SemanticOp, find_semantic_op, parts_of
 from .torch_private import fake_mode_of, without_fake
 from .view.shapes import known_equal, known_ge, same_shape, size_facts, to_dim, to_shape
 from .view.value import attribute_key
@@ -119,10 +119,19 @@ def providers_of(op: str, target: str) -> list[Provider]:
 
 
 def launches_of(op: str, config: FusionConfig, dry_run: bool) -> int:
-    """How many kernels a call of a semantic op is expected to launch on the target: what its best provider says, 1 without any."""
-    providers = (provider for provider in providers_of(op, config.target) if provider.available(config, dry_run))
-    best = next(providers, None)
-    return 1 if best is None else best.launches
+    """How many kernels a call of a semantic op is expected to launch on the target: what its best provider says, 1 without any.
+
+    An op that nothing computes counts more than its parts where something computes one of these: it would hide them.
+    """
+    best = _best_provider(op, config, dry_run)
+    if best is not None:
+        return best.launches
+    parts = parts_of(op)
+    return 1 + len(parts) if any(_best_provider(part, config, dry_run) is not None for part in parts) else 1
+
+
+def _best_provider(op: str, config: FusionConfig, dry_run: bool) -> Provider | None:
+    return next((provider for provider in providers_of(op, config.target) if provider.available(config, dry_run)), None)
 
 
 class Builder:

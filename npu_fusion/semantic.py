@@ -34,13 +34,15 @@ _OPS: dict[str, SemanticOp] = {}
 class SemanticOp:
     """One semantic op: its family, schema, reference and fake kernel.
 
-    Calling it runs the torch operator, so that a call can be traced, faked and profiled like any other.
+    Calling it runs the torch operator, so that a call can be traced, faked and profiled like any other. `parts` names the ops that compute
+    the same one after the other, where it stands for several.
     """
 
     name: str
     family: str
     schema: str
     reference: Callable[..., Any]
+    parts: tuple[str, ...] = ()
     _fakes: list[Callable[..., Any]] = field(default_factory=list)
 
     @property
@@ -65,7 +67,7 @@ class SemanticOp:
         return self.overload(*args, **kwargs)
 
 
-def semantic_op(family: str, schema: str) -> Callable[[Callable[..., Any]], SemanticOp]:
+def semantic_op(family: str, schema: str, *, parts: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], SemanticOp]:
     """Declare the semantic op named like the decorated reference function, with the given schema tail `(args) -> returns`."""
 
     def declare(reference: Callable[..., Any]) -> SemanticOp:
@@ -74,7 +76,7 @@ def semantic_op(family: str, schema: str) -> Callable[[Callable[..., Any]], Sema
             raise RuleError(f"semantic op {name!r} is declared twice")
         _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-        op = SemanticOp(name, family, schema, reference)
+        op = SemanticOp(name, family, schema, reference, parts)
         _OPS[name] = op
         return op
 
@@ -84,6 +86,11 @@ def semantic_op(family: str, schema: str) -> Callable[[Callable[..., Any]], Sema
 def semantic_ops() -> Iterator[SemanticOp]:
     """All declared semantic ops, in the order of declaration."""
     return iter(_OPS.values())
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    """The ops that compute the same as the op of this name, one after the other; none where it stands for itself alone."""
+    return _OPS[name].parts if name in _OPS else ()
 
 
 def find_semantic_op(target: Any) -> SemanticOp | None:

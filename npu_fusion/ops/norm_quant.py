@@ -26,6 +26,7 @@ def _norm_arguments(options: dict[str, Any]) -> dict[str, Any]:
     "quant",
     f"(Tensor x, Tensor? weight, float eps, Tensor? scale=None, Tensor? zero_point=None, *, {_NORM}, {QUANTIZE_SCHEMA}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
+    parts=("rms_norm", "quantize"),
 )
 def rms_norm_quant(
     x: Tensor, weight: Tensor | None, eps: float, scale: Tensor | None = None, zero_point: Tensor | None = None, **options: Any
@@ -77,6 +78,7 @@ def _(
     "quant",
     "(Tensor x, Tensor residual, Tensor? weight, float eps, Tensor? scale=None, Tensor? zero_point=None, *, Tensor? bias=None, "
     f"bool norm_unrounded=False, ScalarType? sum_dtype=None, {_NORM}, {QUANTIZE_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    parts=("add_rms_norm", "quantize"),
 )
 def add_rms_norm_quant(
     x: Tensor,
@@ -163,6 +165,7 @@ def _unit_arguments(options: dict[str, Any]) -> dict[str, Any]:
 @semantic_op(
     "quant",
     f"(Tensor gate, Tensor? up, Tensor? scale=None, Tensor? zero_point=None, *, {_UNIT}, {QUANTIZE_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    parts=("glu", "quantize"),
 )
 def glu_quant(gate: Tensor, up: Tensor | None, scale: Tensor | None = None, zero_point: Tensor | None = None, **options: Any) -> Quantized:
     """A gated unit, quantised.
@@ -211,6 +214,7 @@ _SUMS = (
     "quant",
     "(Tensor x, Tensor sum_scale, Tensor? sum_scale2=None, Tensor? scale=None, Tensor? zero_point=None, *, "
     f"{_SUMS}, {_UNIT}, {QUANTIZE_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    parts=("dequantize", "glu", "quantize"),
 )
 def dequant_glu_quant(
     x: Tensor,
