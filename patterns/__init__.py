@@ -8,6 +8,7 @@ from . import (
     glu,  # noqa: F401
     matmul,  # noqa: F401
     mla,  # noqa: F401
+    mla_absorbed,  # noqa: F401
     norm,  # noqa: F401
     rope,  # noqa: F401
     rope_norm,  # noqa: F401
