@@ -57,7 +57,7 @@ def _parts(m: Match) -> tuple[Value, Value, Value, Value] | Reject:
         return Reject("of one head there is nothing that heads could share", key)
     if not known_equal(key.shape[HEADS], heads):
         return Reject("keys have fewer heads than queries", key)
-    cuts = {count: channels for count, channels in _cuts(query.args)}
+    cuts = dict(_cuts(query.args))
     for count, channels in _cuts(key.args):
         at = next((i for i, found in cuts.items() if known_equal(found, channels)), None)
         if at is None:
@@ -102,9 +102,7 @@ def rewrite_mla_attention(m: Match) -> Call:
 
 MLA_ATTENTION = Rule(
     "mla_attention",
-    pattern=sem(
-        "attention", query=op_any_args("cat", dim=LAST).as_("query"), key=op_any_args("cat", dim=LAST).as_("key")
-    ).as_("attention"),
+    pattern=sem("attention", query=op_any_args("cat", dim=LAST).as_("query"), key=op_any_args("cat", dim=LAST).as_("key")).as_("attention"),
     check=check_mla_attention,
     rewrite=rewrite_mla_attention,
     produces="mla_attention",
