@@ -160,12 +160,11 @@ def test_mla(queries: int, heads_of_rope: int) -> None:
 
 
 def test_absorbed_mla_reads_its_latent_once() -> None:
-    q_nope, q_rope, cache, k_rope = (
-        torch.randn(2, n, s, d, dtype=FP16) for n, s, d in ((4, 1, 512), (4, 1, 64), (1, 30, 512), (1, 30, 64))
-    )
+    inputs = [torch.randn(2, n, s, d, dtype=FP16) for n, s, d in ((4, 1, 512), (4, 1, 64), (1, 30, 512), (1, 30, 64))]
 
     def absorbed(q_nope: Tensor, q_rope: Tensor, cache: Tensor, k_rope: Tensor) -> Tensor:
-        return mla_attention(q_nope, q_rope, cache, k_rope, cache, scale=0.04)
+        attended: Tensor = mla_attention(q_nope, q_rope, cache, k_rope, cache, scale=0.04)
+        return attended
 
     found = lower_call(absorbed, *inputs, **CUDA)
     assert_within_contract(found.gm(*inputs), absorbed(*inputs), absorbed(*(x.double() for x in inputs)), FP16)
