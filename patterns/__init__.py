@@ -12,4 +12,5 @@ from . import (
     norm,  # noqa: F401
     rope,  # noqa: F401
     rope_norm,  # noqa: F401
+    weight_only,  # noqa: F401
 )
