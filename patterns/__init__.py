@@ -8,6 +8,9 @@ from . import (
     glu,  # noqa: F401
     matmul,  # noqa: F401
     norm,  # noqa: F401
+    norm_quant,  # noqa: F401
+    quant,  # noqa: F401
+    quant_linear,  # noqa: F401
     rope,  # noqa: F401
     rope_norm,  # noqa: F401
 )
