@@ -73,15 +73,16 @@ def rewrite(gm: GraphModule, view: View, matches: Iterable[Match], keep_checks: 
 
 def output_nodes(view: View, match: Match) -> list[Node]:
     """All FX nodes that compute an output of the match."""
-    return [node for value in match.outputs for node in view.nodes.get(value) or _reshape_of(view, value)]
+    return [node for value in match.outputs for node in (*view.nodes.get(value, ()), *_reshape_of(view, value))]
 
 
 def _reshape_of(view: View, value: Value) -> list[Node]:
-    """For an output that the graph does not compute in that shape: the first node that computes it in another."""
+    """The first node that computes an output, if it computes it in another shape: no node does in its own, or those are views of it."""
     base = value.args[0] if value.op == "reshape" else value
     family = [base, *(user for user in base.users if user.op == "reshape")]
     nodes = [node for member in family for node in view.nodes.get(member, ())]
-    return [min(nodes, key=view.position.__getitem__)] if nodes else []
+    first = min(nodes, key=view.position.__getitem__, default=None)
+    return [] if first is None or view.of[first] is value else [first]
 
 
 class _Rejected(Exception):
@@ -221,7 +222,7 @@ class _Rewriter:
             if value is None:
                 continue
             old_nodes = self._replaceable(value)
-            other_shape = [] if self.view.nodes.get(value) else [node for node in _reshape_of(self.view, value) if self._live_users(node)]
+            other_shape = [node for node in _reshape_of(self.view, value) if self._live_users(node)]
             if not old_nodes and not other_shape:
                 continue
             new = self._emit(operator.getitem, (call, position), {}) if multiple else call

@@ -10,6 +10,9 @@ from . import (
     mla,  # noqa: F401
     mla_absorbed,  # noqa: F401
     norm,  # noqa: F401
+    norm_quant,  # noqa: F401
+    quant,  # noqa: F401
+    quant_linear,  # noqa: F401
     rope,  # noqa: F401
     rope_norm,  # noqa: F401
     weight_only,  # noqa: F401

@@ -87,8 +87,9 @@ def _symmetric(low: Any, high: Any) -> bool:
 
 
 def rewrite_glu(m: Match) -> Call:
-    merged, layout = _merged(m["gate"], m["up"])
-    args: dict[str, Any] = {"gate": m["gate"], "up": m["up"], "activation": activation_of(m), "out_dtype": m.root.dtype}
+    up_ = _rounded_up(m)
+    merged, layout = _merged(m["gate"], up_)
+    args: dict[str, Any] = {"gate": m["gate"], "up": up_, "activation": activation_of(m), "out_dtype": m.root.dtype}
     if merged is not None:
         args.update(gate=merged, up=None, layout=layout)
     if (rounded := _rounds_to(m)) is not None:
@@ -109,8 +110,22 @@ def _rounds_to(m: Match) -> torch.dtype | None:
     return narrowest if bits(narrowest) < 32 else None
 
 
+def _rounded_up(m: Match) -> Value:
+    """Up; rounded where the model rounds both halves of a merged tensor, so that these stay halves of one."""
+    g, u, factor = m["gate"], m["up"], m["up_factor"]
+    both = g.op == "cast" and factor.op == "cast" and factor.args[0] is u and factor.dtype is g.dtype and bits(u.dtype) > bits(g.dtype)
+    rounded: Value = factor if both else u
+    return rounded
+
+
 def _merged(g: Value, u: Value) -> tuple[Value | None, str]:
-    """The tensor [..., 2I] that gate and up are the two halves of, and how they lie in it; None where they are not."""
+    """The tensor [..., 2I] that gate and up are the two halves of, and how they lie in it; None where they are not.
+
+    The view has moved a cast of the whole behind the halves.
+    """
+    if g.op == u.op == "cast" and g.dtype == u.dtype and g.args[0].node is None and u.args[0].node is None:
+        whole, layout = _merged(g.args[0], u.args[0])
+        return next((user for user in whole.users if user.op == "cast" and user.dtype == g.dtype), None) if whole else None, layout
     if g.op != "slice" or u.op != "slice" or g.args[0] is not u.args[0]:
         return None, "halves"
     whole, size = g.args[0], g.shape[-1]

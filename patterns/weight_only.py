@@ -115,6 +115,8 @@ def check_weight_only(m: Match) -> Reject | None:
     scale = m["scale_after"] if "scale_after" in m else m["scale"]
     if not bits(scale.dtype) or not bits(x.dtype) or m.root.dtype != x.dtype or site.dtype != x.dtype:
         return Reject("the scale or the activations are not floating point, or the product has another dtype", site)
+    if x.op == "cast" and not bits(x.args[0].dtype):
+        return Reject("the activations are integers too", x)
     if "zero" in m and not bits(m["zero"].dtype) and m["zero"].dtype not in _CODES:
         return Reject(f"the zero points are {m['zero'].dtype}", m["zero"])
     if "bias" in m and (m["bias"].dtype != x.dtype or not known_equal(m["bias"].shape[0], site.shape[-1])):

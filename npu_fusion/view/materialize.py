@@ -55,6 +55,8 @@ class Materializer:
             return value.node
         if value.op == "symfloat":  # a power of a size
             return self._call(operator.pow, self.node(value.args[0]), value.attrs["power"])
+        if value.op == "full":
+            return self._full(value)
         return self._emit_value(value)
 
     def size(self, expr: Dim, value: Value | None = None) -> Any:
@@ -111,6 +113,10 @@ class Materializer:
         if op in _BINARY:
             return self._binary(op, args)
         raise NpuFusionError(f"a rule names a value that the graph does not compute and that cannot be emitted: {value!r}")
+
+    def _full(self, value: Value) -> Node:
+        sizes = [self.size(d) for d in value.shape]
+        return self._call(aten.full.default, sizes, value.attrs["value"], dtype=value.dtype, device=value.attrs["device"])
 
     def _choice(self, value: Value, args: list[Any]) -> Node:
         """Masks: `where`, `maximum` and logic, none of which takes Python numbers on every side."""

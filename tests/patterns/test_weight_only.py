@@ -109,7 +109,11 @@ def float_weight(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, zero: T
     return F.linear(x, weight.to(x.dtype).sin() * scale[:, :1])
 
 
-@pytest.mark.parametrize("look_alike", [scale_of_inputs, full_scale, scale_of_tokens, no_scale, float_weight])
+def integer_activations(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return F.linear(x.to(torch.int8).to(x.dtype), weight.to(x.dtype)) * scale[:, 0]
+
+
+@pytest.mark.parametrize("look_alike", [integer_activations, scale_of_inputs, full_scale, scale_of_tokens, no_scale, float_weight])
 def test_look_alikes(look_alike: Layer) -> None:
     assert not calls_of(fused_within_contract(look_alike, *operands(torch.bfloat16)))
 
