@@ -7,10 +7,13 @@ from . import (
     attention,  # noqa: F401
     glu,  # noqa: F401
     matmul,  # noqa: F401
+    mla,  # noqa: F401
+    mla_absorbed,  # noqa: F401
     norm,  # noqa: F401
     norm_quant,  # noqa: F401
     quant,  # noqa: F401
     quant_linear,  # noqa: F401
     rope,  # noqa: F401
     rope_norm,  # noqa: F401
+    weight_only,  # noqa: F401
 )

@@ -59,11 +59,11 @@ capped = any_of(
 MASK_LAYERS = (1, 2, 3)
 
 
-def masked(layer: int) -> Pattern:
+def masked(layer: int, unmasked: Pattern = capped) -> Pattern:
     """The logits behind at most `layer` masks, added or filled in; layer 1 is applied first."""
     if layer == 0:
-        return opt_cast(capped)
-    inner = masked(layer - 1)
+        return opt_cast(unmasked)
+    inner = masked(layer - 1, unmasked)
     return opt_cast(
         any_of(
             op("where", var(f"visible{layer}"), inner, lit(f"fill{layer}")),
@@ -89,7 +89,7 @@ def check_eager(m: Match) -> Reject | None:
     """The shapes are those of heads, numbers are known where they decide the meaning, and nobody else wants the probabilities."""
     if m.root.ndim < 3 or any(m[name].ndim != m.root.ndim for name in ("query", "key_t", "value")):
         return Reject("query, key and value are not [batch, heads, length, size]", m.root)
-    mask = _mask(m)
+    mask = mask_of(m)
     if mask is not None and m.root.ndim > 4 and mask.ndim > 2 and mask.ndim != m.root.ndim:
         return Reject("the mask has other dimensions than the logits", mask)
     for name in ("factor", "divisor"):
@@ -118,7 +118,7 @@ def _check_numbers(m: Match) -> Reject | None:
     for name in ("softcap", "outer_scale"):
         if name in m and (number := m.number(name)) is not None and number <= 0:
             return Reject(f"a negative number ({number}) takes the place of {name}", m["softmax"])
-    if "outer_scale" in m and m.number("outer_scale") is None and _mask(m) is not None:
+    if "outer_scale" in m and m.number("outer_scale") is None and mask_of(m) is not None:
         return Reject("the mask is multiplied with a number that is known at run time only", m["softmax"])
     if _scale(m) is None:
         return Reject("the scale is a product of several numbers that are known at run time only", m["softmax"])
@@ -144,7 +144,7 @@ def _other_user(m: Match) -> Value | None:
 # -------------------------------------------------------------------- the mask
 
 
-def _mask(m: Match) -> Value | None:
+def mask_of(m: Match) -> Value | None:
     """All masks as one: boolean where that says the same, else additive; None without any."""
     canon, mask = m.view.canon, None
     for layer in MASK_LAYERS:
@@ -192,7 +192,7 @@ def _both(canon: Canon, a: Value, b: Value) -> Value:
     return canon.table.intern("and", (a, b), {}, broadcast(a.shape, b.shape), torch.bool)
 
 
-def _mask_arguments(canon: Canon, mask: Value | None, shape: Shape) -> dict[str, object]:
+def mask_arguments(canon: Canon, mask: Value | None, shape: Shape) -> dict[str, object]:
     """The arguments of `attention` that say what a mask over logits of `shape` says."""
     if mask is None:
         return {}
@@ -270,7 +270,7 @@ def _call(m: Match, heads: tuple[Value, Value, Value], mask: Value | None, outpu
         key, value = key_once, value_once
     key, value = (canon.expand(x, (query.shape[0], *x.shape[1:])) for x in (key, value))
     query, key, value = _one_dtype(canon, (query, key, value), output.dtype)
-    args = {"query": query, "key": key, "value": value, **_mask_arguments(canon, mask, logits_shape), **extra}
+    args = {"query": query, "key": key, "value": value, **mask_arguments(canon, mask, logits_shape), **extra}
     if query.dtype != output.dtype:
         args["out_dtype"] = output.dtype
     return Call(attention, args, [output])
@@ -301,7 +301,7 @@ def rewrite_eager(m: Match) -> Call:
         extra["softcap"] = m["softcap"]
     if "sinks" in m:
         extra["sinks"] = _sinks(m)
-    return _call(m, (query, key, m["value"]), _mask(m), _output(m), extra)
+    return _call(m, (query, key, m["value"]), mask_of(m), _output(m), extra)
 
 
 def _tempered(m: Match, query: Value) -> Value:

@@ -27,7 +27,7 @@ from ...ops._common import (
     token_major,
 )
 from .checks import FLOATS, HALVES, check_dtypes, check_together
-from .decode_attention import LARGEST_WIDTH, attention, mask_bounds
+from .decode_attention import LARGEST_LATENT, LARGEST_WIDTH, attention, mask_bounds
 from .define import triton_op
 from .provide import provides
 
@@ -98,10 +98,10 @@ def _tensors(b: Builder, dtypes: tuple[torch.dtype, ...], **tensors: Node | None
         b.require(node is None or b.val(node).dtype in dtypes, f"{name} is {None if node is None else b.val(node).dtype}")
 
 
-def _static(b: Builder, **widths: Any) -> None:
+def _static(b: Builder, most: int = LARGEST_WIDTH, /, **widths: Any) -> None:
     for name, width in widths.items():
         b.require(isinstance(width, int), f"{name} is symbolic: a kernel is compiled for it")
-        b.require(not isinstance(width, int) or width <= LARGEST_WIDTH, f"{name} is {width}, and {LARGEST_WIDTH} at most fits")
+        b.require(not isinstance(width, int) or width <= most, f"{name} is {width}, and {most} at most fits")
 
 
 def _is_few(b: Builder, query: Node, key: Node) -> bool:
@@ -161,14 +161,19 @@ def _masking(b: Builder, mask: Node | None, cores: int) -> dict[str, Node | None
 
 @provides("mla_attention", "triton.attention", matrix=True, launches=2)
 def _mla_attention(b: Builder, a: Arguments, cores: int) -> Node:
-    """The parts of queries and keys as they are, without joining them, and the keys' positions once for all heads."""
+    """The parts of queries and keys as they are, without joining them, and the keys' positions once for all heads.
+
+    A latent that is keys and values at once is read once.
+    """
+    value = None if a.value is a.k_nope else a.value
     _tensors(b, FLOATS, q_nope=a.q_nope, q_rope=a.q_rope, k_nope=a.k_nope, k_rope=a.k_rope, value=a.value)
     _tensors(b, (torch.bool, *FLOATS), mask=a.mask)
     b.require(isinstance(a.scale, (int, float)), "its scale is a constant, the model's is known at run time only")
     widths = (b.val(part).shape[3] for part in (a.q_nope, a.q_rope, a.value))
-    _static(b, **dict(zip(("nope_dim", "rope_dim", "value_dim"), widths)))
+    most = LARGEST_LATENT if value is None else LARGEST_WIDTH
+    _static(b, most, **dict(zip(("nope_dim", "rope_dim", "value_dim"), widths)))
     _takes_time(b, a.q_nope, a.k_nope)
     ropes = {"query_rope": a.q_rope, "key_rope": a.k_rope}
     structure = {"is_causal": a.is_causal, "causal_offset": a.causal_offset}
     masking = _masking(b, a.mask, cores)
-    return b.emit(attention.overload, a.q_nope, a.k_nope, a.value, scale=a.scale, **ropes, **masking, **structure, cores=cores)
+    return b.emit(attention.overload, a.q_nope, a.k_nope, value, scale=a.scale, **ropes, **masking, **structure, cores=cores)

@@ -311,11 +311,12 @@ def _check_mla_attention(q_nope: Tensor, q_rope: Tensor, k_nope: Tensor, k_rope:
     check_same_dtype(op, **tensors)
     check_rank(op, 4, **tensors)
     batch, heads, query_len, _ = q_nope.shape
-    kv_len = k_nope.shape[2]
+    kv_heads, kv_len = k_nope.shape[1:3]
     check_sizes(op, "q_rope", q_rope.shape, (batch, heads, query_len, q_rope.shape[3]))
-    check_sizes(op, "k_nope", k_nope.shape, (batch, heads, kv_len, q_nope.shape[3]))
-    check_broadcastable(op, "k_rope", k_rope.shape, (batch, heads, kv_len, q_rope.shape[3]))
-    check_sizes(op, "value", value.shape, (batch, heads, kv_len, value.shape[3]))
+    check_sizes(op, "k_nope", k_nope.shape, (batch, kv_heads, kv_len, q_nope.shape[3]))
+    _check_heads(op, q_nope, k_nope)
+    check_broadcastable(op, "k_rope", k_rope.shape, (batch, kv_heads, kv_len, q_rope.shape[3]))
+    check_sizes(op, "value", value.shape, (batch, kv_heads, kv_len, value.shape[3]))
     _check_mask(op, mask, (batch, heads, query_len, kv_len))
 
 
@@ -343,9 +344,10 @@ def mla_attention(
     Args:
         q_nope: [B, N, Sq, Dn], floating point.
         q_rope: [B, N, Sq, Dr].
-        k_nope: [B, N, Skv, Dn].
-        k_rope: [B, 1, Skv, Dr], shared by all heads, or [B, N, Skv, Dr].
-        value: [B, N, Skv, Dv].
+        k_nope: [B, Nkv, Skv, Dn], Nkv dividing N: a head each (N) as the latent was projected up, or one for all (1), the latent itself,
+            against which queries stand that W_UK was absorbed into.
+        k_rope: [B, 1, Skv, Dr], shared by all heads, or [B, Nkv, Skv, Dr].
+        value: [B, Nkv, Skv, Dv]; of absorbed attention the latent, the very tensor that `k_nope` is.
         scale: multiplies the logits.
         mask, is_causal, causal_offset: as in `attention`.
 

@@ -298,3 +298,4 @@ from . import handlers as _handlers  # noqa: E402,F401  (fills _HANDLERS)
 from . import norms as _norms  # noqa: E402,F401  (and so do these)
 from . import npu as _npu  # noqa: E402,F401
 from . import quantized as _quantized  # noqa: E402,F401  (and these)
+from . import scatter as _scatter  # noqa: E402,F401

@@ -21,6 +21,7 @@ from ....layout import row_major
 from ....lower import Arguments, Builder
 from ....view.shapes import known_equal
 from ..provide import Npu, provides
+from . import latent as _latent  # noqa: F401  (registers its provider)
 from .bias import additive, shown_by
 from .keys import filled, gathered, host_lengths
 from .layout import Operands, arrange, arrange_heads_first, arrange_packed, packed, unsliced

@@ -490,6 +490,30 @@ def test_latent_attention_on_parts_that_lie_together() -> None:
     assert copies(found) == ["aten.cat"] * 2 + ["aten.clone"]  # of the values
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+def test_absorbed_attention_reads_the_latent_as_it_is(queries: int) -> None:
+    def absorbed(q_nope: Tensor, q_rope: Tensor, cache: Tensor, k_rope: Tensor) -> Tensor:
+        offset = cache.shape[2] - q_nope.shape[2]
+        return mla_attention(q_nope, q_rope, cache, k_rope, cache, scale=0.04, is_causal=queries > 1, causal_offset=offset)
+
+    stored = {"stored": "BNSD"}
+    inputs = [heads(queries, HEADS, 512, **stored), heads(queries, HEADS, 64, **stored), heads(9, 1, 512), heads(9, 1, 64)]
+    found = checked(absorbed, *inputs)
+    call = call_of(found, FIA)
+    assert call.kwargs["num_key_value_heads"] == 1
+    assert {"query_rope", "key_rope"} <= call.kwargs.keys()
+    assert ("atten_mask" in call.kwargs) == (queries > 1)
+    assert copies(found) == ["aten.clone"] * (queries > 1)  # of the result, which is handed out token by token
+
+
+def test_absorbed_attention_of_other_sizes_is_refused() -> None:
+    def absorbed(q_nope: Tensor, q_rope: Tensor, cache: Tensor, k_rope: Tensor) -> Tensor:
+        return mla_attention(q_nope, q_rope, cache, k_rope, cache, scale=0.1)
+
+    found = lower_call(absorbed, heads(1, HEADS, 256), heads(1, HEADS, 64), heads(9, 1, 256), heads(9, 1, 64))
+    assert "it takes a latent of 512 and positions of 64, the model has [256, 64]" in found.reason
+
+
 def test_dynamic_graphs_serve_other_sizes() -> None:
     def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, scale=0.2, is_causal=True, causal_offset=k.shape[2] - q.shape[2], window=4)

@@ -159,6 +159,20 @@ def test_mla(queries: int, heads_of_rope: int) -> None:
     assert (found.provider, found.targets()) == (OURS, [ATTENTION])
 
 
+def test_absorbed_mla_reads_its_latent_once() -> None:
+    inputs = [torch.randn(2, n, s, d, dtype=FP16) for n, s, d in ((4, 1, 512), (4, 1, 64), (1, 30, 512), (1, 30, 64))]
+
+    def absorbed(q_nope: Tensor, q_rope: Tensor, cache: Tensor, k_rope: Tensor) -> Tensor:
+        attended: Tensor = mla_attention(q_nope, q_rope, cache, k_rope, cache, scale=0.04)
+        return attended
+
+    found = lower_call(absorbed, *inputs, **CUDA)
+    assert_within_contract(found.gm(*inputs), absorbed(*inputs), absorbed(*(x.double() for x in inputs)), FP16)
+    assert (found.provider, found.targets()) == (OURS, [ATTENTION])
+    [call] = [node for node in found.gm.graph.nodes if node.op == "call_function"]
+    assert call.args[2] is None
+
+
 # -------------------------------------------------------------------- refusals
 
 
