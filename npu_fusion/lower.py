@@ -72,6 +72,10 @@ class Arguments:
         self._read.add(name)
         return value
 
+    def all(self) -> dict[str, Any]:
+        """Every argument by its name."""
+        return dict(self._values)
+
     def unread(self) -> dict[str, Any]:
         """The arguments that nobody asked for and whose values are not their defaults."""
         return {
@@ -121,13 +125,15 @@ def providers_of(op: str, target: str) -> list[Provider]:
 def launches_of(op: str, config: FusionConfig, dry_run: bool) -> int:
     """How many kernels a call of a semantic op is expected to launch on the target: what its best provider says, 1 without any.
 
-    An op that nothing computes counts more than its parts where something computes one of these: it would hide them.
+    An op that nothing computes is taken apart where something computes one of its parts, and counts as these.
     """
     best = _best_provider(op, config, dry_run)
     if best is not None:
         return best.launches
     parts = parts_of(op)
-    return 1 + len(parts) if any(_best_provider(part, config, dry_run) is not None for part in parts) else 1
+    if any(_best_provider(part, config, dry_run) is not None for part in parts):
+        return sum(launches_of(part, config, dry_run) for part in parts)
+    return 1
 
 
 def _best_provider(op: str, config: FusionConfig, dry_run: bool) -> Provider | None:
@@ -200,6 +206,10 @@ class Builder:
         key = _call_key(target, args, kwargs)
         known = self._known.get(key) if key is not None else None
         return self._insert(key, target, args, kwargs) if known is None else known
+
+    def part(self, op: SemanticOp, *args: Any, **kwargs: Any) -> Node:
+        """A call of a semantic op, to be lowered next: never shared, because lowering erases it."""
+        return self._insert(None, op.overload, args, kwargs)
 
     def copy(self, node: Node) -> Node:
         """A copy of the node in memory of its own, which nothing else shares."""
@@ -364,10 +374,11 @@ def _lower_all(gm: GraphModule, config: FusionConfig, record: GraphRecord, refer
         if op is None:
             continue
         providers = [] if reference_only else providers_of(op.name, config.target)
-        if providers and builder is None:
+        lowered = bool(providers) or (not reference_only and any(providers_of(part, config.target) for part in op.parts))
+        if lowered and builder is None:
             builder = Builder(gm, config, record.dry_run)
         name = node.name
-        if builder is not None and providers:
+        if builder is not None and lowered:
             chosen[name] = _lower(builder, node, op, providers, record)
         else:
             chosen[name] = REFERENCE, None if reference_only else _why_none(op, config.target)
@@ -384,7 +395,7 @@ def _why_none(op: SemanticOp, target: str) -> str | None:
 
 
 def _lower(builder: Builder, node: Node, op: SemanticOp, providers: Iterable[Provider], record: GraphRecord) -> tuple[str, str | None]:
-    """Lower one node; the provider taken, and why those before it were not."""
+    """Lower one node; the provider taken, or those of its parts, and why those before it were not."""
     passed_over: list[str] = []
     for provider in providers:
         reason = _try(builder, node, op, provider, record)
@@ -392,7 +403,33 @@ def _lower(builder: Builder, node: Node, op: SemanticOp, providers: Iterable[Pro
             return provider.name, "; ".join(passed_over) or None
         if reason:
             passed_over.append(f"{provider.name}: {reason}")
-    return REFERENCE, "; ".join(passed_over) or None
+    names = []
+    for part, made in _take_apart(builder, node, op):
+        name, reason = _lower(builder, made, part, providers_of(part.name, builder.config.target), record)
+        names.append(name)
+        passed_over += [reason] if reason else []
+    return " + ".join(names) or REFERENCE, "; ".join(passed_over) or None
+
+
+def _take_apart(builder: Builder, node: Node, op: SemanticOp) -> list[tuple[SemanticOp, Node]]:
+    """Replace the call of an op by calls of its parts, if the target computes one of these; those calls, which are to be lowered."""
+    if not any(providers_of(part, builder.config.target) for part in op.parts):
+        return []
+    made: list[tuple[SemanticOp, Node]] = []
+
+    def call(part: SemanticOp, *args: Any, **kwargs: Any) -> Any:
+        made.append((part, builder.part(part, *args, **kwargs)))
+        count = len(part.overload._schema.returns)
+        return made[-1][1] if count == 1 else builder.results(made[-1][1], count)
+
+    builder.begin(node)
+    try:
+        _replace(builder, node, op.taken_apart(call, Arguments(node).all()))
+    except Refused:  # another memory layout, on which somebody relies
+        builder.take_back()
+        return []
+    builder.sweep()
+    return made
 
 
 def _try(builder: Builder, node: Node, op: SemanticOp, provider: Provider, record: GraphRecord) -> str | None:
@@ -432,7 +469,7 @@ def _replace(builder: Builder, node: Node, results: Node | Sequence[Node | None]
             pairs.append((user, _agreeing(builder, user, result)))
     for old, new in pairs:
         old.replace_all_uses_with(new)
-        new.meta[CALLS] = new.meta.get(CALLS, frozenset()) | {node.name}
+        new.meta[CALLS] = new.meta.get(CALLS, frozenset()) | old.meta.get(CALLS, frozenset()) | {node.name}
     for unused in (*node.users, node) if not isinstance(results, Node) else (node,):
         builder.graph.erase_node(unused)
 

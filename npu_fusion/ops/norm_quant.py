@@ -11,6 +11,7 @@ from ..semantic import semantic_op
 from ._common import check_type, check_value
 from .glu import glu
 from .norm import add_rms_norm, rms_norm
+from .quant import dequantize, quantize
 from .quant_core import DEQUANTIZATION_NAMES, QUANTIZE_SCHEMA, Dequantization, Quantization, Quantized, quantization
 
 _NORM = "int weight_offset=0, ScalarType? round_dtype=None, ScalarType? norm_dtype=None, bool return_norm=False"
@@ -72,6 +73,13 @@ def _(
     y = rms_norm(x, weight, eps, **norm)
     how.check("rms_norm_quant", y)
     return *how.empty(y), y if return_norm else y.new_empty((0,))
+
+
+@rms_norm_quant.apart
+def _(call: Any, x: Any, weight: Any, eps: float, scale: Any = None, zero_point: Any = None, **options: Any) -> list[Any]:
+    return_norm, norm = options.pop("return_norm", False), _norm_arguments(options)
+    y = call(rms_norm, x, weight, eps, **norm)
+    return [*call(quantize, y, scale, zero_point, **options), y if return_norm else None]
 
 
 @semantic_op(
@@ -148,6 +156,14 @@ def _(
     return *how.empty(y), y if return_norm else y.new_empty((0,)), total
 
 
+@add_rms_norm_quant.apart
+def _(call: Any, x: Any, residual: Any, weight: Any, eps: float, scale: Any = None, zero_point: Any = None, **options: Any) -> list[Any]:
+    return_norm = options.pop("return_norm", False)
+    sums = {name: options.pop(name) for name in ("bias", "norm_unrounded", "sum_dtype") if name in options}
+    y, total = call(add_rms_norm, x, residual, weight, eps, **sums, **_norm_arguments(options))
+    return [*call(quantize, y, scale, zero_point, **options), y if return_norm else None, total]
+
+
 # -------------------------------------------------------------------- gated units
 
 _UNIT = (
@@ -202,6 +218,12 @@ def _(gate: Tensor, up: Tensor | None, scale: Tensor | None = None, zero_point: 
     y = glu(gate, up, **unit)
     how.check("glu_quant", y)
     return how.empty(y)
+
+
+@glu_quant.apart
+def _(call: Any, gate: Any, up: Any, scale: Any = None, zero_point: Any = None, **options: Any) -> Any:
+    unit = _unit_arguments(options)
+    return call(quantize, call(glu, gate, up, **unit), scale, zero_point, **options)
 
 
 _SUMS = (
@@ -277,3 +299,11 @@ def _(
 ) -> Quantized:
     how, y = _of_sums(x, {"sum_scale": sum_scale, "sum_scale2": sum_scale2, "scale": scale, "zero_point": zero_point, **options})
     return how.empty(y)
+
+
+@dequant_glu_quant.apart
+def _(call: Any, x: Any, sum_scale: Any, sum_scale2: Any = None, scale: Any = None, zero_point: Any = None, **options: Any) -> Any:
+    sums = {name: options.pop(f"sum_{name}") for name in DEQUANTIZATION_NAMES if f"sum_{name}" in options}
+    unit = _unit_arguments(options)
+    h = call(dequantize, x, sum_scale, sum_scale2, None, sums.pop("bias", None), **sums)
+    return call(quantize, call(glu, h, None, **unit), scale, zero_point, **options)
