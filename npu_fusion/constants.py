@@ -1,0 +1,81 @@
+"""Tensors that a graph computes from constants alone: ranges, tables written in the model's code, arithmetic on both."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from . import torch_private
+from .view.value import Value
+
+MOST_ELEMENTS = 1 << 18
+_MAKES = frozenset({"arange", "full", "zeros", "ones"})
+
+
+def constant_tensor(value: Value) -> Tensor | None:
+    """The tensor, on the CPU, that a value holds whatever the graph's inputs are; None for any other value, and for large ones.
+
+    Nothing but the value's own ops is run, on constants that the graph owns.
+    """
+    with torch_private.without_fake():
+        return _of_value(value)
+
+
+def _of_value(value: Value) -> Tensor | None:
+    if value.op == "const":
+        return torch.tensor(value.attrs["value"])
+    if not all(type(size) is int for size in value.shape) or math.prod(value.shape) > MOST_ELEMENTS:
+        return None
+    if value.op == "full" and value.dtype is not None:
+        return torch.full(value.shape, value.attrs["value"], dtype=value.dtype)
+    if value.node is not None:
+        return _of_node(value.node, {})
+    inner = _of_value(value.args[0]) if value.op in ("reshape", "permute", "expand", "cast") else None
+    if inner is None:
+        return None
+    if value.op == "cast":
+        return inner.to(value.dtype)
+    if value.op == "permute":
+        return inner.permute(value.attrs["dims"])
+    return inner.reshape(value.shape) if value.op == "reshape" else inner.expand(value.shape)
+
+
+def _of_node(node: Node, known: dict[Node, Tensor | None]) -> Tensor | None:
+    if node not in known:
+        known[node] = None
+        known[node] = _computed(node, known)
+    return known[node]
+
+
+def _computed(node: Node, known: dict[Node, Tensor | None]) -> Tensor | None:
+    val = node.meta.get("val")
+    if not isinstance(val, Tensor) or not all(type(size) is int for size in val.shape) or val.numel() > MOST_ELEMENTS:
+        return None
+    if node.op == "get_attr":
+        held = getattr(node.graph.owning_module, str(node.target), None)
+        named = str(node.target).startswith("_tensor_constant")
+        return held.cpu() if named and type(held) is Tensor and held.device.type != "meta" else None
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, OpOverload) or not _is_pure(target):
+        return None
+    inputs = node.all_input_nodes
+    if not inputs and target._opname not in _MAKES:
+        return None
+    values = {arg: _of_node(arg, known) for arg in inputs}
+    if any(held is None for held in values.values()):
+        return None
+    args, kwargs = map_arg((node.args, node.kwargs), lambda arg: values[arg])
+    kwargs = {name: held for name, held in kwargs.items() if name != "pin_memory"}
+    if kwargs.get("device") is not None:
+        kwargs["device"] = torch.device("cpu")
+    result = target(*args, **kwargs)
+    return result if isinstance(result, Tensor) else None
+
+
+def _is_pure(target: OpOverload) -> bool:
+    return target.namespace == "aten" and not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
