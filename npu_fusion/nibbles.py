@@ -266,7 +266,10 @@ def viewed(inner: Places, value: Value) -> Places | None:
         return None if dims is None else inner.moved(dims)
     if value.op == "permute":
         return inner.moved(inner.dims[d] for d in value.attrs["dims"])
-    return expanded(inner, value.shape) if value.op == "expand" else _gathered(inner, value)
+    if value.op == "expand":
+        return expanded(inner, value.shape)
+    with without_fake():
+        return _gathered(inner, value)
 
 
 def _are_lanes_of(part: Places, first: Places) -> bool:
@@ -345,8 +348,9 @@ def _on_field(value: Value, x: Places, other: object) -> Places | None:
     if value.op == "cast":
         return _cast(x, to)
     whole = isinstance(other, int) and not isinstance(other, bool)
-    if value.op in _RIGHT or value.op in _LEFT:
+    if value.op in _RIGHT or value.op in _LEFT or value.op == "floor_divide":
         x = x if x.dtype == to else _cast(x, to) or x
+    if value.op in _RIGHT or value.op in _LEFT:
         return _shifted(value, x, other) if x.dtype == to else None
     if value.op == "floor_divide":
         powers = _powers(other)

@@ -189,6 +189,8 @@ def check_int4_linear(m: Match) -> Reject | None:
         return Reject("the weight is dequantised in a narrower type than the activations have", site)
     if m.exact and m["dequantised"].dtype != x.dtype and m["dequantised"].dtype != torch.float32:
         return Reject("rounding='exact': the weight is rounded to another type than that of the activations", site)
+    if m.exact and "bias" in m and site.node is not None:
+        return Reject("rounding='exact': the model rounds the product before it adds the bias", site)
     rejected = _subtraction(m) if "zero" in m else None
     if rejected is not None:
         return rejected
