@@ -23,6 +23,7 @@ from .config import FusionConfig
 from .errors import NpuFusionError
 from .execute import FUNCTIONAL, Boxed, eager, execute, resolve_executor
 from .graph_breaks import break_reason
+from .prepare import take_out
 from .record import GraphRecord
 from .reinplace import reinplace
 from .simplify import fold_constants
@@ -122,6 +123,8 @@ class FusionBackend:
         with _timed(record, "execute"):
             merged = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")][len(inputs) :]
             run = execute(gm, [*inputs, *merged], record)
+        if record.prepared is not None:
+            run = record.prepared.supply(run)
         if record.checks:
             run = _verified(run, record)
         return run if record.weights is None else record.weights.supply(run)
@@ -162,6 +165,9 @@ def _rewrite_stages(gm: GraphModule, record: GraphRecord, real_inputs: Sequence[
             fold_constants(gm, record.dry_run)
         cannot_run = None if record.dry_run else elsewhere(gm, config)
         lower_graph(gm, config, record, reference_only=cannot_run)
+        if config.keep_prepared_weights and not record.dry_run:
+            record.prepared = take_out(gm, real_inputs)
+            record.notes += [] if record.prepared is None else [record.prepared.note]
     if config.executor not in FUNCTIONAL:
         with _timed(record, "reinplace"):
             reinplace(gm, record)
@@ -173,7 +179,7 @@ def _run_unfused(gm: GraphModule, original: Graph, record: GraphRecord) -> None:
     """Put the graph back to what AOT traced, and say in the record that nothing is fused."""
     gm.graph = original
     lift.restore(gm)
-    record.sites, record.checks, record.weights = [], [], None
+    record.sites, record.checks, record.weights, record.prepared = [], [], None, None
     aten = _unfused(gm, copy.deepcopy(original))
     record.stages = {"aten": aten, "fused": aten}
 
@@ -272,6 +278,20 @@ def records_of(compiled: Any) -> list[GraphRecord]:
         for context in torch_private.compile_contexts_of(compiled):
             found.update(_OWNED.get(context, {}))
     return list(found.values())
+
+
+def reload_weights(compiled: Any) -> None:
+    """Let a compiled object take note of new weights at its next call.
+
+    Needed only with `keep_prepared_weights=True`, and only after weights were written to in a way that PyTorch does not count: through
+    `weight.data`, by a collective or a foreign kernel.
+
+    Args:
+        compiled: as for `report`.
+    """
+    for record in records_of(compiled):
+        if record.prepared is not None:
+            record.prepared.forget()
 
 
 def forget_records() -> None:

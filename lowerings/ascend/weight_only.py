@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from ...layout import row_major
 from ...lower import Arguments, Builder
+from ...prepare import prepared
 from ..words import IN_ORDER, PER_WORD, in_words, transposed, with_other_sign, zero_point
 from .provide import Npu, provides
 
@@ -77,6 +78,8 @@ def int4_linear(b: Builder, a: Arguments, npu: Npu) -> Node:
         order = None if nibbles == IN_ORDER else nibbles
         scale, offset, bias = (None if t is None else _in_order(b, t, order or IN_ORDER) for t in (scale, offset, bias))
     assert scale is not None
+    codes, scale = prepared(codes), prepared(scale)
+    offset, bias = (t if t is None else prepared(t) for t in (offset, bias))
     y = _product(b, a, npu, x, codes, scale, offset, bias, group)
     return y if order is None else _in_order(b, y, [order.index(place) for place in range(PER_WORD)])
 

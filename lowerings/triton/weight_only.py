@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from ...kernels import w4a16 as kernels
 from ...lower import Arguments, Builder
+from ...prepare import prepared
 from ..words import IN_ORDER, PER_WORD, in_words, transposed, with_other_sign, zero_point
 from . import w4a16 as ops
 from .checks import FLOATS, HALVES
@@ -39,9 +40,8 @@ def weight_only_linear(b: Builder, a: Arguments, cores: int) -> Node:
     plane = kernels.plane_rows(inputs, group)
     b.require(plane > 0, f"it takes groups of a multiple of 32 inputs, the model's are of {group}")
     x, words = _inputs_packed(b, a, x, plane) if a.packs_inputs else (x, _outputs_packed(b, a, group))
-    if a.signed:
-        words = with_other_sign(b, words)
-    scales = b.contiguous(transposed(b, a.scale))
+    words = prepared(with_other_sign(b, words) if a.signed else words)
+    scales = prepared(b.contiguous(transposed(b, a.scale)))
     zeros = _zeros(b, a, dtype)
     vector_cores, matrix_cores = cores_of(b.config, b.dry_run)
     form = {"group_size": group, "cores": vector_cores, "matrix_cores": matrix_cores}
@@ -51,10 +51,10 @@ def weight_only_linear(b: Builder, a: Arguments, cores: int) -> Node:
 def _zeros(b: Builder, a: Arguments, dtype: torch.dtype) -> Node | None:
     zero = zero_point(b, a, dtype, _MIDDLE if a.signed else 0)
     if isinstance(zero, Node):
-        return b.contiguous(transposed(b, zero))
+        return prepared(b.contiguous(transposed(b, zero)))
     if zero == _MIDDLE:
         return None
-    return b.emit(aten.full_like.default, b.contiguous(transposed(b, a.scale)), zero)
+    return prepared(b.emit(aten.full_like.default, b.contiguous(transposed(b, a.scale)), zero))
 
 
 def _inputs_packed(b: Builder, a: Arguments, x: Node, plane: int) -> tuple[Node, Node]:
