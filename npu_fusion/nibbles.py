@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .constants import constant_tensor
+from .factors import Dims, Factor, merged, period, regrouped, run
 from .torch_private import without_fake
 from .view.value import Dim, Value
 
@@ -28,8 +29,10 @@ NIBBLE = 15
 NUMBERS = 16
 WORD_BITS = {torch.int32: 32, torch.int64: 64, torch.int16: 16, torch.int8: 8, torch.uint8: 8}  # bits of an element
 VIEWS = ("reshape", "permute", "expand", "index", "index_select")
-LANES = -1  # the axis of a factor that runs through the nibbles of a word
+LANES = -1
+"""The axis of a factor that runs through the nibbles of a word."""
 
+_FILLS = frozenset({"slice_scatter:default", "slice_scatter", "select_scatter"})
 _AND = frozenset({"__and__", "bitwise_and", "bitwise_and:Scalar", "bitwise_and:Tensor"})
 _RIGHT = frozenset({"__rshift__", "bitwise_right_shift"})
 _LEFT = frozenset({"__lshift__", "bitwise_left_shift"})
@@ -51,22 +54,6 @@ _ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
 
 
 # -------------------------------------------------------------------- places
-
-
-@dataclass(frozen=True)
-class Factor:
-    """A factor of a dimension: `size` steps of `stride` along an axis of the leaf, through the lanes, or (axis None) through copies."""
-
-    size: int
-    axis: int | None
-    stride: int = 0
-
-    def split(self, outer: int) -> tuple[Factor, Factor]:
-        inner = self.size // outer
-        return Factor(outer, self.axis, self.stride * inner), Factor(inner, self.axis, self.stride)
-
-
-Dims = tuple[tuple[Factor, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -93,69 +80,10 @@ class Places:
         return tuple(math.prod(factor.size for factor in dim) for dim in self.dims)
 
     def moved(self, dims: Iterable[Sequence[Factor]]) -> Places:
-        return dataclasses.replace(self, dims=tuple(_merged(dim) for dim in dims))
+        return dataclasses.replace(self, dims=tuple(merged(dim) for dim in dims))
 
     def same_places(self, other: Places) -> bool:
         return (self.leaf, self.dims, self.shifts) == (other.leaf, other.dims, other.shifts)
-
-
-def _merged(dim: Sequence[Factor]) -> tuple[Factor, ...]:
-    """The dimension with factors joined that run on into one another."""
-    merged: list[Factor] = []
-    for factor in dim:
-        last = merged[-1] if merged else None
-        if factor.size == 1:
-            continue
-        if last is not None and last.axis == factor.axis and (factor.axis is None or last.stride == factor.stride * factor.size):
-            merged[-1] = Factor(last.size * factor.size, factor.axis, factor.stride)
-        else:
-            merged.append(factor)
-    return tuple(merged)
-
-
-def _regrouped(factors: Sequence[Factor], shape: Sequence[int]) -> list[list[Factor]] | None:
-    """A row-major list of factors as the dimensions of a shape of as many elements; None where a size cuts a factor unevenly."""
-    left = list(reversed(factors))
-    dims: list[list[Factor]] = []
-    for size in shape:
-        dim: list[Factor] = []
-        while size > 1:
-            if not left:
-                return None
-            factor = left.pop()
-            if size % factor.size:
-                if factor.size % size:
-                    return None
-                factor, rest = factor.split(size)
-                left.append(rest)
-            dim.append(factor)
-            size //= factor.size
-        dims.append(dim)
-    return dims if not left else None
-
-
-def _run(index: Tensor) -> tuple[int, int] | None:
-    """(step, size) where `index[i]` is `(i // step) % size` for all i; None for other indices."""
-    moves = (index != index[0]).nonzero()
-    if int(index[0]) != 0 or moves.numel() == 0:
-        return None
-    step, size = int(moves[0]), int(index.max()) + 1
-    wanted = torch.arange(index.numel()) // step % size
-    return (step, size) if torch.equal(index, wanted) else None
-
-
-def _period(numbers: Tensor) -> tuple[int, Tensor]:
-    """(step, table) of the shortest table for which `numbers[i]` is `table[(i // step) % len(table)]`."""
-    count = numbers.numel()
-    moves = (numbers != numbers[0]).nonzero()
-    if moves.numel() == 0:
-        return count, numbers[:1]
-    step = int(moves[0])
-    for length in range(2, count // step + 1):
-        table = numbers[: step * length : step]
-        if count % (step * length) == 0 and torch.equal(table[torch.arange(count) // step % length], numbers):
-            return step, table
-    return 1, numbers
 
 
 # -------------------------------------------------------------------- reading
@@ -196,26 +124,48 @@ class Reader:
     # ---------------------------------------------------------------- views
 
     def _moved(self, value: Value, arithmetic: bool) -> Places | None:
-        if value.op == "cat" and arithmetic:
-            return self._joined(value.args, value.attrs["dim"])
-        if value.op == "interleave" and arithmetic:
-            return self._joined(value.args, value.ndim - 1, inside=True)
+        if arithmetic and value.op in ("cat", "interleave"):
+            dim = value.attrs.get("dim", value.ndim - 1)
+            return self._joined(value.args, dim, "inside" if value.op == "interleave" else "outside")
+        if arithmetic and value.op in _FILLS:
+            return self._filled(value)
         if value.op not in VIEWS:
             return None
         inner = self._read(value.args[0], arithmetic)
         return None if inner is None else viewed(inner, value)
 
-    def _joined(self, parts: Sequence[Value], dim: int, inside: bool = False) -> Places | None:
-        """Parts that differ in their lanes only, one after the other along a dimension; with `inside` by turns."""
+    def _joined(self, parts: Sequence[Value], dim: int, how: str) -> Places | None:
+        """Parts that differ in their lanes only, one after the other ("outside") or by turns ("inside"), or along a "new" dimension."""
         read = [self._read(part, arithmetic=True) for part in parts]
         first = read[0]
         if first is None or any(r is None or not _are_lanes_of(r, first) for r in read):
             return None
-        lanes = len(first.shifts)
-        added = Factor(len(parts), LANES, lanes)
-        joined = [(*d, added) if inside else (added, *d) for d in first.dims[dim : dim + 1]]
+        added = Factor(len(parts), LANES, len(first.shifts))
+        old = () if how == "new" else first.dims[dim]
+        joined = (*old, added) if how == "inside" else (added, *old)
         tables = {name: tuple(n for r in read for n in getattr(r, name)) for name in ("shifts", "tops")}
-        return dataclasses.replace(first, **tables).moved([*first.dims[:dim], *joined, *first.dims[dim + 1 :]])  # type: ignore[arg-type]
+        after = first.dims[dim if how == "new" else dim + 1 :]
+        return dataclasses.replace(first, **tables).moved([*first.dims[:dim], joined, *after])  # type: ignore[arg-type]
+
+    def _filled(self, value: Value) -> Places | None:
+        """A buffer that is written to place by place, as in `out[:, i::8] = part` or `out[..., i] = part`, until nothing of it is left."""
+        written: dict[int, Value] = {}
+        at, dim, count = value, value.attrs["dim"] % value.ndim, 0
+        while at.op == value.op and at.attrs["dim"] % value.ndim == dim:
+            size = at.shape[dim]
+            start = at.attrs["index"] if at.op == "select_scatter" else at.attrs["start"] or 0
+            step = size if at.op == "select_scatter" else at.attrs["step"]
+            part, whole = at.args[1], at.op == "select_scatter" or at.attrs["end"] in (None, size) or at.attrs["end"] >= 2**31
+            if type(size) is not int or type(step) is not int or count not in (0, step) or not whole or part.dtype != value.dtype:
+                return None
+            if type(start) is not int or not 0 <= start < step or size % step or len(at.args) != 2:
+                return None
+            count = step
+            written.setdefault(start, part)
+            at = at.args[0]
+        if len(written) != count:
+            return None
+        return self._joined([written[i] for i in range(count)], dim, "new" if value.op == "select_scatter" else "inside")
 
     # ---------------------------------------------------------------- arithmetic
 
@@ -251,7 +201,7 @@ def _leaf(value: Value) -> Places | None:
     """The value as it is."""
     if value.dtype is None or not all(type(size) is int for size in value.shape):
         return None
-    dims = tuple(_merged([Factor(size, axis, 1)]) for axis, size in enumerate(value.shape))
+    dims = tuple(merged([Factor(size, axis, 1)]) for axis, size in enumerate(value.shape))
     return Places(value, dims, value.dtype, tops=(WORD_BITS.get(value.dtype, 0),), signed=value.dtype.is_signed)
 
 
@@ -262,7 +212,7 @@ def viewed(inner: Places, value: Value) -> Places | None:
     if not all(type(size) is int for size in value.shape):
         return None
     if value.op == "reshape":
-        dims = _regrouped([factor for dim in inner.dims for factor in dim], value.shape)
+        dims = regrouped([factor for dim in inner.dims for factor in dim], value.shape)
         return None if dims is None else inner.moved(dims)
     if value.op == "permute":
         return inner.moved(inner.dims[d] for d in value.attrs["dims"])
@@ -316,17 +266,17 @@ def _indexed(inner: Places, dim: int, index: Tensor) -> tuple[Places, list[Facto
         along = index // below % factor.size
         if factor.axis == LANES:
             whole = factor.size == len(inner.shifts) and sum(f.axis == LANES for d in inner.dims for f in d) == 1
-            step, table = _period(along)
+            step, table = period(along)
             if not whole:
                 return None
             lanes = {name: tuple(getattr(inner, name)[i] for i in table.tolist()) for name in ("shifts", "tops")}
             inner = dataclasses.replace(inner, **lanes)  # type: ignore[arg-type]
             pieces.append((step, Factor(len(table), LANES, 1)))
         elif factor.axis is not None:
-            run = _run(along)
-            if run is None or run[1] != factor.size:
+            found = run(along)
+            if found is None or found[1] != factor.size:
                 return None
-            pieces.append((run[0], factor))
+            pieces.append((found[0], factor))
     new: list[Factor] = []
     left = index.numel()
     for step, factor in sorted(pieces, key=lambda piece: -piece[0]):
@@ -440,11 +390,11 @@ def _with_lanes(x: Places, by: Tensor) -> tuple[Places, tuple[int, ...]] | None:
     if by.dtype not in WORD_BITS or len(varying) != 1 or len(x.shifts) != 1 or len(shape) != len(x.dims):
         return None
     dim = varying[0]
-    step, table = _period(by.flatten())
+    step, table = period(by.flatten())
     if shape[dim] != x.sizes[dim]:
         return None
     outer = x.sizes[dim] // (step * len(table))
-    apart = _regrouped(x.dims[dim], (outer, len(table), step))
+    apart = regrouped(x.dims[dim], (outer, len(table), step))
     if apart is None or any(factor.axis is not None for factor in apart[1]):
         return None
     lanes = dataclasses.replace(x, shifts=x.shifts * len(table), tops=x.tops * len(table))

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .nibbles import LANES, NUMBERS, WORD_BITS, Factor, Places
+from .factors import Factor
+from .nibbles import LANES, NUMBERS, WORD_BITS, Places
 from .view.canon import Canon
 from .view.value import Value
 

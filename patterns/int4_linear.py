@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
+from npu_fusion.factors import Factor
 from npu_fusion.match import Match
-from npu_fusion.nibbles import VIEWS, Factor, Places, Reader, expanded, viewed
+from npu_fusion.nibbles import VIEWS, Places, Reader, expanded, viewed
 from npu_fusion.ops.weight_only import weight_only_linear
 from npu_fusion.packed import Packed, arranged, packed_matrix
 from npu_fusion.pattern import any_of, bits, op, opt_cast, opt_upcast, opt_view, through, total, var
@@ -38,8 +39,11 @@ def _is_nibbles(value: Value) -> bool:
 
 codes = var("codes").where(_is_nibbles, "the weight is not made of nibbles of words")
 shifted = any_of(codes, codes - var("zero")).as_("shifted")
-dequantised = (through((*VIEWS, "cast"), shifted) * opt_upcast(var("scale"))).as_("dequantised")
-product = op("matmul", var("x"), opt_cast(opt_view(dequantised, "reshape", "permute")).as_("operand")).as_("site")
+unscaled = through((*VIEWS, "cast"), shifted)
+dequantised = (unscaled * opt_upcast(var("scale"))).as_("dequantised")
+before = op("matmul", var("x"), through((*VIEWS, "cast"), dequantised).as_("operand")).as_("site")
+after = opt_view(op("matmul", var("x"), unscaled.as_("operand")).as_("site"), "reshape") * opt_cast(var("scale_after"))
+product = any_of(before, after)
 biased = total(product, var("bias").where(lambda x: x.ndim == 1, "the bias is not one number for each output"))
 
 
@@ -66,17 +70,22 @@ def _between(top: Value, bottom: Value) -> Iterator[Value]:
 
 def _as_weight(m: Match, places: Places | None, since: str) -> Places | None:
     """The places of a factor of the weight, known as it broadcasts to the value bound as `since`, as they are in the weight [N, K]."""
-    operand, inner = m["operand"], m["dequantised"]
-    if since == "shifted" and places is not None:
+    inner = m.get("dequantised")
+    if since == "shifted" and inner is not None:
         left, right = inner.args
-        top = left if _reaches(left, m["shifted"]) else right
-        places = expanded(places, m["shifted"].shape)
-        for view in _between(top, m["shifted"]):
-            places = None if places is None else viewed(places, view)
-    places = None if places is None else expanded(places, inner.shape)
-    for view in _between(operand, inner):
+        places = _through(places, left if _reaches(left, m["shifted"]) else right, m["shifted"])
+    places = _through(places, m["operand"], m["shifted"] if inner is None else inner)
+    if places is None or any(factor.axis is not None for dim in places.dims[:-2] for factor in dim):
+        return None  # of a batch of weights each is another one
+    return places.moved((places.dims[-1], places.dims[-2]))
+
+
+def _through(places: Places | None, top: Value, bottom: Value) -> Places | None:
+    """Places that broadcast to `bottom`, as the views that make `top` of it leave them."""
+    places = None if places is None else expanded(places, bottom.shape)
+    for view in _between(top, bottom):
         places = None if places is None else viewed(places, view)
-    return None if places is None or len(places.dims) != 2 else places.moved((places.dims[1], places.dims[0]))
+    return places
 
 
 def _reaches(top: Value, bottom: Value) -> bool:
@@ -117,11 +126,20 @@ def _zero_of(m: Match) -> Value:
     return zero
 
 
+def _after(m: Match) -> Value | None:
+    """A scale of the results, one for each output or one for all, as [N, 1]."""
+    canon, scale, outputs = m.view.canon, m["scale_after"], m["operand"].shape[-1]
+    if not all(known_equal(size, 1) for size in scale.shape[:-1]):
+        return None
+    flat = canon.reshape(scale, scale.shape[-1:]) if scale.ndim else canon.reshape(scale, (1,))
+    return canon.reshape(canon.expand(flat, (outputs,)), (outputs, 1))
+
+
 def _weight(m: Match) -> _Weight | None:
     canon, reader = m.view.canon, Reader()
     nibbles = _as_weight(m, reader.nibbles(m["codes"]), "shifted")
     packed = packed_matrix(canon, nibbles) if nibbles is not None else None
-    scale = _in_groups(canon, _as_weight(m, reader.spread(m["scale"]), "dequantised"))
+    scale = _after(m) if "scale_after" in m else _in_groups(canon, _as_weight(m, reader.spread(m["scale"]), "dequantised"))
     if packed is None or scale is None:
         return None
     if "zero" not in m:
@@ -180,21 +198,26 @@ def _subtraction(m: Match) -> Reject | None:
 
 def check_int4_linear(m: Match) -> Reject | None:
     """Every weight is a nibble of its own, scales and zero points go by group, and nothing is rounded that the fused op would not round."""
-    site, x, scale = m["site"], m["x"], m["scale"]
+    site, x, scale = m["site"], m["x"], m["scale_after" if "scale_after" in m else "scale"]
+    weight = m.get("dequantised", m["operand"])
     if not bits(scale.dtype) or not bits(x.dtype) or m.root.dtype != x.dtype or site.dtype != x.dtype:
         return Reject("the scale or the activations are not floating point, or the product has another dtype", site)
+    if x.op == "cast" and not bits(x.args[0].dtype):
+        return Reject("the activations are integers too", x)
     if "bias" in m and (m["bias"].dtype != x.dtype or not known_equal(m["bias"].shape[0], site.shape[-1])):
         return Reject("the bias is not one number for each output, in the dtype of the activations", m["bias"])
-    if bits(m["dequantised"].dtype) < bits(x.dtype):
+    if bits(weight.dtype) < bits(x.dtype):
         return Reject("the weight is dequantised in a narrower type than the activations have", site)
-    if m.exact and m["dequantised"].dtype != x.dtype and m["dequantised"].dtype != torch.float32:
+    if m.exact and "scale_after" in m:
+        return Reject("rounding='exact': the model rounds before it scales, the fused op dequantises first", site)
+    if m.exact and weight.dtype not in (x.dtype, torch.float32):
         return Reject("rounding='exact': the weight is rounded to another type than that of the activations", site)
     if m.exact and "bias" in m and site.node is not None:
         return Reject("rounding='exact': the model rounds the product before it adds the bias", site)
     rejected = _subtraction(m) if "zero" in m else None
     if rejected is not None:
         return rejected
-    if m["operand"].ndim != 2 or _weight(m) is None:
+    if _weight(m) is None:
         return Reject(
             "the weight is not one nibble of a word each, or scales and zero points do not go by groups of one output's inputs", scale
         )

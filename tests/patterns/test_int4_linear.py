@@ -116,6 +116,40 @@ def gptq_of_rows(x: Tensor, w: Tensor, z: Tensor, s: Tensor, bias: Tensor) -> Te
     return F.linear(x, (weight.view(N, G, GROUP).to(torch.int8).to(x.dtype) * s.view(N, G, 1)).flatten(1), bias)
 
 
+def slice_by_slice(x: Tensor, w: Tensor, z: Tensor, s: Tensor, bias: Tensor) -> Tensor:
+    """compressed-tensors' unpack_from_int32."""
+    packed = w.view(N, K // 8)
+    weight = torch.zeros((N, K), dtype=torch.int32)
+    for i in range(8):
+        weight[:, i::8] = (packed >> 4 * i) & 15
+    weight = (weight[:, :K] - 8).to(torch.int8)
+    return F.linear(x, (weight.unflatten(-1, (G, GROUP)).to(x.dtype) * s.view(N, G, 1)).flatten(1), bias)
+
+
+def place_by_place(x: Tensor, w: Tensor, z: Tensor, s: Tensor, bias: Tensor) -> Tensor:
+    weight = torch.empty((N, K // 8, 8), dtype=torch.int32)
+    for i in range(8):
+        weight[:, :, i] = (w.view(N, K // 8) >> 4 * i) & 15
+    return F.linear(x, ((weight.view(N, G, GROUP) - 8).to(x.dtype) * s.view(N, G, 1)).view(N, K))
+
+
+def by_computed_index(x: Tensor, w: Tensor, z: Tensor, s: Tensor, bias: Tensor) -> Tensor:
+    k = torch.arange(K)
+    weight = (w[k // 8] >> ((k % 8) * 4)[:, None]) & 15
+    return x @ ((weight - 8) * s[k // GROUP])
+
+
+def in_a_batch(x: Tensor, w: Tensor, z: Tensor, s: Tensor, bias: Tensor) -> Tensor:
+    weight = ((w.unsqueeze(1) >> torch.arange(0, 32, 4)[:, None]) & 15).view(G, GROUP, N) - 8
+    return torch.matmul(x, (weight * s[:, None]).view(1, K, N))
+
+
+def bytes_of_words(x: Tensor, w: Tensor, z: Tensor, s: Tensor, bias: Tensor) -> Tensor:
+    packed = w.view(N, K // 8).view(torch.uint8)
+    weight = torch.stack([packed & 15, packed >> 4], -1).view(N, G, GROUP).to(torch.int8) - 8
+    return F.linear(x, (weight * s.view(N, G, 1)).view(N, K))
+
+
 # -------------------------------------------------------------------- pairs
 
 
@@ -151,6 +185,11 @@ SPELLINGS = [
     (gptq, rows, STRAIGHT, True, 0),
     (gptq_signed, rows, STRAIGHT, True, 0),
     (gptq_of_rows, rows, STRAIGHT, True, 8),
+    (slice_by_slice, rows, STRAIGHT, True, 8),
+    (place_by_place, rows, STRAIGHT, True, 8),
+    (by_computed_index, rows, STRAIGHT, True, 8),
+    (in_a_batch, rows, STRAIGHT, True, 8),
+    (bytes_of_words, rows, [0, 4], True, 8),
     (low_first, pairs, [0, 4], True, 0),
     (high_first, pairs, [4, 0], True, 8),
     (signed_pairs, pairs, [0, 4], True, 0),
@@ -188,6 +227,15 @@ def test_spellings(
     assert (form["shifts"], form["packs_inputs"], form["offset"]) == (shifts, packs_inputs, offset)
     assert form["signed"] == (layer in (gptq_signed, signed_pairs))
     assert call.args[2].meta["val"].shape == (N, G)  # type: ignore[union-attr]
+
+
+def test_scaled_after() -> None:
+    def layer(x: Tensor, w: Tensor, z: Tensor, s: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(x, unpacked(w.view(N, K // 8), STRAIGHT).to(x.dtype) - 8) * s[0] + bias
+
+    [call] = calls_of(fused_within_contract(layer, *rows(torch.bfloat16)))
+    assert call.args[2].meta["val"].shape == (N, 1)  # type: ignore[union-attr]
+    assert not calls_of(fused(layer, *rows(torch.bfloat16), config=FusionConfig(rounding="exact"))[1])
 
 
 # -------------------------------------------------------------------- look-alikes
@@ -237,6 +285,13 @@ def order_across_words(x: Tensor, w: Tensor, z: Tensor, s: Tensor, bias: Tensor)
     return of_columns(unpacked(w)[:, torch.tensor([*range(4, N), *range(4)])], x, s)
 
 
+def filled_but_for_one(x: Tensor, w: Tensor, z: Tensor, s: Tensor, bias: Tensor) -> Tensor:
+    weight = torch.zeros((K, N), dtype=torch.int32)
+    for i in range(7):
+        weight[:, i::8] = (w >> 4 * i) & 15
+    return of_columns(weight, x, s)
+
+
 def differences_that_wrap(x: Tensor, w: Tensor, z: Tensor, s: Tensor, bias: Tensor) -> Tensor:
     return of_columns(unpacked(w).to(torch.uint8) - unpacked(z).to(torch.uint8).repeat_interleave(GROUP, 0), x, s)
 
@@ -251,6 +306,7 @@ LOOK_ALIKES = [
     scale_of_each_weight,
     scales_by_an_unknown_index,
     order_across_words,
+    filled_but_for_one,
     differences_that_wrap,
 ]
 
