@@ -172,7 +172,8 @@ class Reader:
     def _computed(self, value: Value) -> Places | None:
         if value.dtype is None or (value.op != "cast" and value.op not in _ELEMENTWISE):
             return None
-        constants = [constant_tensor(arg) for arg in value.args]
+        shifts = value.op in _RIGHT or value.op in _LEFT
+        constants = [constant_tensor(arg, may_read=shifts and arg is not value.args[0]) for arg in value.args]
         if value.dtype.is_floating_point and sum(constant is None for constant in constants) != 1:
             return None  # a nibble is a number by then, or never
         operands: list[Any] = [self._operand(*pair, value) for pair in zip(value.args, constants, strict=True)]
@@ -246,7 +247,7 @@ def _gathered(inner: Places, value: Value) -> Places | None:
     else:
         which = value.attrs.get("@indices", ())
         dim, places = (which.index(True), sum(which)) if True in which else (0, 0)
-    index = constant_tensor(value.args[1]) if places == 1 and len(value.args) == 2 else None
+    index = constant_tensor(value.args[1], may_read=True) if places == 1 and len(value.args) == 2 else None
     if index is None or index.dim() != 1 or index.dtype not in WORD_BITS or index.numel() == 0:
         return None
     dim %= len(inner.dims)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule
 
+from .assume import Assumptions
 from .config import FusionConfig
 from .prepare import WeightPreparer
 from .verify import Check
@@ -77,6 +78,7 @@ class GraphRecord:
         checks: what `verify=True` compares on the first run.
         weights: what supplies the merged weights that the graph takes as further inputs; None where there are none.
         prepared: what supplies the weights that are kept as kernels want them; None where there are none.
+        assumptions: which numbers of the model's buffers the graph relies on; None where on none.
         graph_break: why Dynamo ended the graph before the function did; None where it did not.
         calls: how often the compiled graph ran.
         dry_run: whether the graph is compiled to be looked at, for a target that need not be here, and never runs.
@@ -91,6 +93,7 @@ class GraphRecord:
     checks: list[Check] = field(default_factory=list)
     weights: WeightMerger | None = None
     prepared: WeightPreparer | None = None
+    assumptions: Assumptions | None = None
     graph_break: str | None = None
     calls: int = 0
     dry_run: bool = False

@@ -72,6 +72,8 @@ def config_line(report: FusionReport) -> str:
         parts.append("merge_weights=False")
     if config.keep_prepared_weights:
         parts.append("keep_prepared_weights=True")
+    if not config.read_index_buffers:
+        parts.append("read_index_buffers=False")
     return " ".join(parts)
 
 

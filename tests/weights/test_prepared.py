@@ -60,6 +60,7 @@ def targets(run: Any) -> list[str]:
 
 
 def kept_bytes() -> int:
+    gc.collect()
     return sum(kept.tensor.nbytes for entries in prepare._KEPT.values() for kept in entries)
 
 
@@ -95,6 +96,7 @@ def test_what_is_kept_is_not_computed_again() -> None:
 
 
 def test_graphs_share_what_is_kept() -> None:
+    torch.compiler.reset()
     model, before = Quantised(), kept_bytes()
     run = compiled(model, **KEPT)
     check(run, model, rows=3)
