@@ -24,8 +24,12 @@ def constant_tensor(value: Value, *, may_read: bool = False) -> Tensor | None:
     Nothing but the value's own ops is run, on constants that the graph owns, and with `may_read` on small integer buffers of the model
     (npu_fusion/assume.py), of which the graph then assumes that they stay what they are.
     """
-    with torch_private.without_fake():
-        return _of_value(value, may_read)
+    key = "constant or buffer" if may_read else "constant"
+    if key not in value.notes:
+        with torch_private.without_fake():
+            value.notes[key] = _of_value(value, may_read)
+    constant: Tensor | None = value.notes[key]
+    return constant
 
 
 def _of_value(value: Value, may_read: bool) -> Tensor | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+MOST_LANES = 64
+"""Of longer tables no period is looked for."""
 
 
 @dataclass(frozen=True)
@@ -62,23 +64,31 @@ def regrouped(factors: Sequence[Factor], shape: Sequence[int]) -> list[list[Fact
 
 def run(index: Tensor) -> tuple[int, int] | None:
     """(step, size) where `index[i]` is `(i // step) % size` for all i; None for other indices."""
-    moves = (index != index[0]).nonzero()
-    if int(index[0]) != 0 or moves.numel() == 0:
+    numbers: list[int] = index.tolist()
+    step = _first_other(numbers)
+    if numbers[0] != 0 or step == len(numbers):
         return None
-    step, size = int(moves[0]), int(index.max()) + 1
-    wanted = torch.arange(index.numel()) // step % size
-    return (step, size) if torch.equal(index, wanted) else None
+    size = max(numbers) + 1
+    return (step, size) if size <= len(numbers) // step and _repeats(numbers, list(range(size)), step) else None
 
 
-def period(numbers: Tensor) -> tuple[int, Tensor]:
-    """(step, table) of the shortest table for which `numbers[i]` is `table[(i // step) % len(table)]`."""
-    count = numbers.numel()
-    moves = (numbers != numbers[0]).nonzero()
-    if moves.numel() == 0:
-        return count, numbers[:1]
-    step = int(moves[0])
-    for length in range(2, count // step + 1):
-        table = numbers[: step * length : step]
-        if count % (step * length) == 0 and torch.equal(table[torch.arange(count) // step % length], numbers):
-            return step, table
+def period(table: Tensor) -> tuple[int, list[int]]:
+    """(step, shortest) where `table[i]` is `shortest[(i // step) % len(shortest)]`; for longer ones than `MOST_LANES` the table."""
+    numbers: list[int] = table.tolist()
+    step = _first_other(numbers)
+    for length in range(1, min(len(numbers) // step, MOST_LANES) + 1):
+        shortest = numbers[: step * length : step]
+        if _repeats(numbers, shortest, step):
+            return step, shortest
     return 1, numbers
+
+
+def _first_other(numbers: list[int]) -> int:
+    """The first place of another number than the first one; their count where there is none."""
+    return next((i for i, number in enumerate(numbers) if number != numbers[0]), len(numbers))
+
+
+def _repeats(numbers: list[int], table: list[int], step: int) -> bool:
+    """Whether the numbers are those of the table, each `step` times, again and again to the end."""
+    times, rest = divmod(len(numbers), step * len(table))
+    return not rest and [number for number in table for _ in range(step)] * times == numbers

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,14 +89,8 @@ class Places:
 # -------------------------------------------------------------------- reading
 
 
-@dataclass(eq=False)
 class Reader:
-    """Reads the values of one graph.
-
-    `nibbles` understands arithmetic too; `spread` views alone.
-    """
-
-    _known: dict[tuple[Value, bool], Places | None] = field(default_factory=dict)
+    """Reads values, each once: `nibbles` understands arithmetic too, `spread` views alone."""
 
     def nibbles(self, value: Value) -> Places | None:
         """The places of a tensor every element of which is a function of a nibble; None for all others."""
@@ -110,16 +104,16 @@ class Reader:
             return self._read(value, arithmetic=False)
 
     def _read(self, value: Value, arithmetic: bool) -> Places | None:
-        key = (value, arithmetic)
-        if key not in self._known:
-            self._known[key] = None  # of what is being read
+        key = "places after arithmetic" if arithmetic else "places"
+        if key not in value.notes:
             moved = self._moved(value, arithmetic)
             if moved is None and arithmetic:
                 moved = self._computed(value)
             if moved is not None and moved.sizes != value.shape:
                 moved = None
-            self._known[key] = moved or _leaf(value)
-        return self._known[key]
+            value.notes[key] = moved or _leaf(value)
+        places: Places | None = value.notes[key]
+        return places
 
     # ---------------------------------------------------------------- views
 
@@ -270,7 +264,7 @@ def _indexed(inner: Places, dim: int, index: Tensor) -> tuple[Places, list[Facto
             step, table = period(along)
             if not whole:
                 return None
-            lanes = {name: tuple(getattr(inner, name)[i] for i in table.tolist()) for name in ("shifts", "tops")}
+            lanes = {name: tuple(getattr(inner, name)[i] for i in table) for name in ("shifts", "tops")}
             inner = dataclasses.replace(inner, **lanes)  # type: ignore[arg-type]
             pieces.append((step, Factor(len(table), LANES, 1)))
         elif factor.axis is not None:
@@ -400,7 +394,7 @@ def _with_lanes(x: Places, by: Tensor) -> tuple[Places, tuple[int, ...]] | None:
         return None
     lanes = dataclasses.replace(x, shifts=x.shifts * len(table), tops=x.tops * len(table))
     new = [*apart[0], Factor(len(table), LANES, 1), *apart[2]]
-    return lanes.moved([*x.dims[:dim], new, *x.dims[dim + 1 :]]), tuple(table.tolist())
+    return lanes.moved([*x.dims[:dim], new, *x.dims[dim + 1 :]]), tuple(table)
 
 
 def _masked(x: Places, mask: int, to: torch.dtype) -> Places | None:

@@ -22,7 +22,7 @@ from npu_fusion.match import Match
 from npu_fusion.nibbles import VIEWS, Places, Reader, expanded, viewed
 from npu_fusion.ops.weight_only import weight_only_linear
 from npu_fusion.packed import Packed, arranged, packed_matrix
-from npu_fusion.pattern import any_of, bits, op, opt_cast, opt_upcast, opt_view, through, total, var
+from npu_fusion.pattern import any_of, anything, bits, op, opt_cast, opt_upcast, opt_view, through, total, var
 from npu_fusion.rule import Call, Reject, Rule, register_builtin
 from npu_fusion.view import Value
 from npu_fusion.view.canon import Canon
@@ -241,6 +241,7 @@ INT4_LINEAR = Rule(
     rewrite=rewrite_int4_linear,
     produces="weight_only_linear",
     idioms={"dequantize": "site"},
+    gist=op("matmul", anything(), through((*VIEWS, "cast"), any_of(unscaled * anything(), unscaled))).as_("site"),
 )
 
 register_builtin(INT4_LINEAR)

@@ -311,6 +311,12 @@ LOOK_ALIKES = [
 ]
 
 
+def test_misses_are_reported_with_a_reason() -> None:
+    [site] = [site for site in fused_within_contract(tiled_scales, *columns(torch.bfloat16)).missed if site.rule == "int4_linear"]
+    assert site.idiom == "dequantize"
+    assert "scales and zero points do not go by groups" in (site.reason or "")
+
+
 @pytest.mark.parametrize("look_alike", LOOK_ALIKES)
 def test_look_alikes(look_alike: Layer) -> None:
     report = fused_within_contract(look_alike, *columns(torch.bfloat16), config=FusionConfig(disable=("dequantize",)))
