@@ -36,9 +36,13 @@ def lowered(layout: str, names: tuple[str, ...], *, offset: int = 0, dtype: torc
 
 
 @pytest.mark.parametrize("layout", ["awq", "columns", "gptq", "rows", "signed", "pairs", "swapped"])
-@pytest.mark.parametrize(("names", "offset"), [((), 8), (("zero", "bias"), 0), (("bias",), 3)], ids=["middle", "zeros", "three"])
-def test_layouts(layout: str, names: tuple[str, ...], offset: int) -> None:
-    assert lowered(layout, names, offset=offset).provider == OP
+def test_layouts(layout: str) -> None:
+    assert lowered(layout, ("zero", "bias"), rows=(2,)).provider == OP
+
+
+@pytest.mark.parametrize(("layout", "offset"), [("awq", 8), ("signed", 0), ("gptq", 3)])
+def test_offsets(layout: str, offset: int) -> None:
+    assert lowered(layout, ("bias",), rows=(2,), offset=offset).provider == OP
 
 
 @pytest.mark.parametrize("rows", [(), (1,), (1, 40)], ids=str)
@@ -46,9 +50,9 @@ def test_tokens(rows: tuple[int, ...]) -> None:
     assert lowered("gptq", ("zero",), rows=rows).provider == OP
 
 
-@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("groups", [1, 8])
 def test_groups(groups: int) -> None:
-    assert lowered("awq", ("zero",), groups=groups).provider == OP
+    assert lowered("awq", ("zero",), groups=groups, rows=(2,)).provider == OP
 
 
 def test_words_of_inputs_are_not_copied() -> None:
@@ -71,7 +75,7 @@ def test_tokens_of_one_graph_choose_when_it_runs() -> None:
 
     torch.compiler.reset()
     compiled = torch.compile(fn, backend="npu_fusion", options={**CUDA, "emulate": True, "executor": "eager"})
-    for rows in (2, 7, 9, 40):
+    for rows in (2, 9, 40):
         x = torch.randn(rows, of.x.shape[-1]).half()
         torch._dynamo.mark_dynamic(x, 0)
         with torch.no_grad():
