@@ -6,6 +6,7 @@ if __name__ != "npu_fusion.patterns":
 from . import (
     attention,  # noqa: F401
     glu,  # noqa: F401
+    int4_linear,  # noqa: F401
     matmul,  # noqa: F401
     mla,  # noqa: F401
     mla_absorbed,  # noqa: F401

@@ -17,6 +17,7 @@ FAMILIES = (
     "glu",
     "glu_quant",
     "w4a16",
+    "weight_only",
     "int8_matmul",
     "rope",
     "rope_norm",
