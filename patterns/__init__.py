@@ -7,6 +7,7 @@ from . import (
     attention,  # noqa: F401
     glu,  # noqa: F401
     matmul,  # noqa: F401
+    moe,  # noqa: F401
     norm,  # noqa: F401
     rope,  # noqa: F401
     rope_norm,  # noqa: F401
