@@ -23,6 +23,7 @@ FAMILIES = (
     "quant",
     "norm_quant",
     "attention",
+    "moe",
 )
 
 
