@@ -43,6 +43,7 @@ from npu_fusion.pattern import (
 from npu_fusion.pattern.core import Named
 from npu_fusion.rule import Call, Reject, Rule, register_builtin
 from npu_fusion.view import Value
+from npu_fusion.view.canon_views import only_leading_ones
 from npu_fusion.view.shapes import known_equal, same_shape
 
 MOST_EXPERTS = 2048
@@ -106,7 +107,8 @@ def full(number: float) -> Pattern:
 
 def choice_of(values: Pattern) -> Pattern:
     """What the choice goes by: the values, with a bias an expert or not."""
-    return any_of(opt_cast(rows(values)) + opt_cast(var("bias")), values).as_("choice")
+    one_row = reshape(var("bias")).where(only_leading_ones, "a reshape of the bias is not one row")
+    return any_of(opt_cast(rows(values)) + opt_cast(any_of(one_row, var("bias"))), values).as_("choice")
 
 
 def limited(choice: Pattern) -> Pattern:
