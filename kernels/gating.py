@@ -213,8 +213,10 @@ def moe_gating_launch(
     lanes = power_of_2(groups) * power_of_2(members)
     if device.kind == "npu":
         tile_rows, options = max(1, min(1024 // lanes, 32)), {}
-    elif device.kind == "cuda":  # a warp a row; with several rows Triton may deal the lanes of a warp out to rows and experts in turns,
-        tile_rows, options = 1, {"num_warps": 1}  # and Triton 3.6 then reduces over the wrong lanes (triton-lang/triton#9219)
+    elif device.kind == "cuda":
+        # A warp a row. With several rows Triton may deal a warp's lanes out to rows and experts in turns, and Triton 3.6 then reduces over
+        # the wrong lanes (triton-lang/triton#9219).
+        tile_rows, options = 1, {"num_warps": 1}
     else:
         tile_rows, options = 4, {}
     constants = {
