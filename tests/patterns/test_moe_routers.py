@@ -180,7 +180,7 @@ SPELLINGS: dict[str, tuple[Callable[[Tensor, Tensor], Choice], dict[str, Any]]] 
     "afmoe": (afmoe, {"score": "sigmoid", "renormalize": True, "eps": EPS, "scale": SCALE}),
     "deepseek_v4": (deepseek_v4, {"score": "sqrt_softplus", "renormalize": True, "eps": EPS, "scale": SCALE, "sorted": False}),
     "no_renorm": (no_renorm, {"scale": 6.0, "sorted": False}),
-    "deepseek_v2": (deepseek_v2, {"groups": 4, "top_groups": 2, "scale": 16.0, "sorted": False}),
+    "deepseek_v2": (deepseek_v2, {"groups": 4, "top_groups": 2, "group_score": "max", "scale": 16.0, "sorted": False}),
 }
 V3 = {"score": "sigmoid", "groups": 4, "top_groups": 2, "group_score": "top2", "renormalize": True, "eps": EPS, "scale": SCALE, "sorted": False}
 SPELLINGS |= {
