@@ -115,7 +115,9 @@ def limited(choice: Pattern) -> Pattern:
     """The choice within the best groups: those outside count as `excluded`."""
     parts = reshape(choice).as_("groups")
     best_two = op("topk", parts, k=2, dim=LAST_DIM, largest=True, overload="default", **{"@self": 1, "sorted": AttrAs("sorted2")})
-    merit = opt_view(any_of(amax(parts, dims=LAST).as_("by_max"), sum_(values_of(best_two), dims=LAST).as_("by_two")), "reshape").as_("merit")
+    merit = opt_view(any_of(amax(parts, dims=LAST).as_("by_max"), sum_(values_of(best_two), dims=LAST).as_("by_two")), "reshape").as_(
+        "merit"
+    )
     attrs = {"k": AttrAs("top_groups"), "dim": LAST_DIM, "largest": True, "overload": "default", "@self": 1, "sorted": AttrAs("sorted1")}
     best = indices_of(op("topk", merit, **attrs))
     at = {"dim": LAST_DIM, "overload": "value", "@self": 1, "@index": 1}
@@ -158,7 +160,9 @@ by_score = any_of(limited(choice_of(scores)), choice_of(scores))
 taken_scores = any_of(gathered(scores, indices_of(chosen_by(by_score))), values_of(chosen_by(by_score)).as_("values"))
 
 choice_of_logits = any_of(limited(choice_of(scored)), choice_of(scored))
-taken_logits = opt_cast(any_of(gathered(scored, indices_of(chosen_by(choice_of_logits))), values_of(chosen_by(choice_of_logits)).as_("values")))
+taken_logits = opt_cast(
+    any_of(gathered(scored, indices_of(chosen_by(choice_of_logits))), values_of(chosen_by(choice_of_logits)).as_("values"))
+)
 late_softmax = softmax(taken_logits, dim=AttrIs("the last dimension", lambda dim, value: dim == value.ndim - 1)).as_("late.softmax")
 late_score = any_of(late_softmax, sigmoid(taken_logits).as_("late.sigmoid"))
 

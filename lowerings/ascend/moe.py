@@ -43,7 +43,9 @@ def gating_softmax(b: Builder, a: Arguments, npu: Npu) -> list[Node]:
     a.group_score, a.excluded  # noqa: B018  they say nothing where all groups are chosen
     chosen_first = not a.score_first
     if a.renormalize:
-        b.require(a.eps == 0.0, f"it divides by the sum as it is, the model by at least {a.eps}" if a.guard == "clamp" else f"eps is {a.eps}")
+        b.require(
+            a.eps == 0.0, f"it divides by the sum as it is, the model by at least {a.eps}" if a.guard == "clamp" else f"eps is {a.eps}"
+        )
         chosen_first = True
     a.eps, a.guard, a.sorted  # noqa: B018  eps and guard belong to the division; it sorts always
     keeps_rounding(b, None, a.score_dtype, "the scores")

@@ -19,7 +19,9 @@ def _moe_gating(b: Builder, a: Arguments, cores: int) -> list[Node]:
     logits, bias = a.logits, a.bias
     require_width(b, logits=logits)
     experts = b.val(logits).shape[-1]
-    b.require(experts <= MOST_EXPERTS and a.k <= MOST_CHOSEN, f"{a.k} of {experts} experts: it chooses {MOST_CHOSEN} of {MOST_EXPERTS} at most")
+    b.require(
+        experts <= MOST_EXPERTS and a.k <= MOST_CHOSEN, f"{a.k} of {experts} experts: it chooses {MOST_CHOSEN} of {MOST_EXPERTS} at most"
+    )
     dtype = a.weights_dtype or torch.float32
     for name, given in {"logits": b.val(logits).dtype, "bias": None if bias is None else b.val(bias).dtype, "weights_dtype": dtype}.items():
         b.require(given is None or given in FLOATS, f"{name} is {given}")

@@ -182,7 +182,16 @@ SPELLINGS: dict[str, tuple[Callable[[Tensor, Tensor], Choice], dict[str, Any]]] 
     "no_renorm": (no_renorm, {"scale": 6.0, "sorted": False}),
     "deepseek_v2": (deepseek_v2, {"groups": 4, "top_groups": 2, "group_score": "max", "scale": 16.0, "sorted": False}),
 }
-V3 = {"score": "sigmoid", "groups": 4, "top_groups": 2, "group_score": "top2", "renormalize": True, "eps": EPS, "scale": SCALE, "sorted": False}
+V3 = {
+    "score": "sigmoid",
+    "groups": 4,
+    "top_groups": 2,
+    "group_score": "top2",
+    "renormalize": True,
+    "eps": EPS,
+    "scale": SCALE,
+    "sorted": False,
+}
 SPELLINGS |= {
     "deepseek_v3": (deepseek_v3, V3 | {"excluded": 0.0}),
     "product mask": (deepseek_v3_by(lambda choice, mask: choice * mask), V3 | {"excluded": 0.0}),

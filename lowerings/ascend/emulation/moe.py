@@ -54,7 +54,9 @@ def _(
     return x.new_empty(sizes), x.new_empty(sizes, dtype=torch.int32), x.new_empty(shown, dtype=torch.float32)
 
 
-def _check_gating(x: Tensor, k: int, bias: Tensor | None, k_group: int, group_count: int, group_select_mode: int, modes: tuple[int, int]) -> None:
+def _check_gating(
+    x: Tensor, k: int, bias: Tensor | None, k_group: int, group_count: int, group_select_mode: int, modes: tuple[int, int]
+) -> None:
     op = "npu_moe_gating_top_k"
     check_dtype(op, "x", x, *FLOATS)
     check(op, x.dim() == 2, f"x must have 2 dimensions, not {x.dim()}")
