@@ -38,6 +38,7 @@ from npu_fusion.pattern import (
     softmax,
     sqrt,
     sum_,
+    torch_op,
     var,
 )
 from npu_fusion.pattern.core import Named
@@ -71,16 +72,15 @@ scored = opt_upcast(logits)
 score = any_of(
     softmax(scored, dim=AttrIs("the last dimension", lambda dim, value: dim == value.ndim - 1)).as_("score.softmax"),
     sigmoid(scored).as_("score.sigmoid"),
-    sqrt(op("softplus", scored, beta=1, threshold=20, overload="default", **{"@self": 1})).as_("score.sqrt_softplus"),
+    sqrt(torch_op("softplus", scored, beta=1, threshold=20, overload="default", tensors="self")).as_("score.sqrt_softplus"),
 )
 scores = opt_cast(rows(score)).as_("scores")
 
 
 def chosen_by(values: Pattern) -> Pattern:
     """The top-k of the values, along the last dimension."""
-    named = {"@self": 1, "overload": "default"}
-    attrs: dict[str, Any] = {"k": AttrAs("k"), "dim": LAST_DIM, "largest": True, "sorted": AttrAs("sorted"), **named}
-    return Named("topk", op("topk", values, **attrs))
+    attrs: dict[str, Any] = {"k": AttrAs("k"), "dim": LAST_DIM, "largest": True, "sorted": AttrAs("sorted"), "overload": "default"}
+    return Named("topk", torch_op("topk", values, tensors="self", **attrs))
 
 
 def indices_of(topk: Pattern) -> Pattern:
@@ -93,8 +93,7 @@ def values_of(topk: Pattern) -> Pattern:
 
 def gathered(values: Pattern, indices: Pattern) -> Pattern:
     """The values at the indices, along the last dimension."""
-    attrs: dict[str, Any] = {"dim": LAST_DIM, "overload": "default", "@self": 1, "@index": 1}
-    return op("gather", values, indices, **attrs)
+    return torch_op("gather", values, indices, dim=LAST_DIM, overload="default", tensors="self index")
 
 
 # -------------------------------------------------------------------- groups
@@ -114,18 +113,24 @@ def choice_of(values: Pattern) -> Pattern:
 def limited(choice: Pattern) -> Pattern:
     """The choice within the best groups: those outside count as `excluded`."""
     parts = reshape(choice).as_("groups")
-    best_two = op("topk", parts, k=2, dim=LAST_DIM, largest=True, overload="default", **{"@self": 1, "sorted": AttrAs("sorted2")})
+    best_two = torch_op("topk", parts, k=2, dim=LAST_DIM, largest=True, overload="default", tensors="self", sorted=AttrAs("sorted2"))
     merit = opt_view(any_of(amax(parts, dims=LAST).as_("by_max"), sum_(values_of(best_two), dims=LAST).as_("by_two")), "reshape").as_(
         "merit"
     )
-    attrs = {"k": AttrAs("top_groups"), "dim": LAST_DIM, "largest": True, "overload": "default", "@self": 1, "sorted": AttrAs("sorted1")}
-    best = indices_of(op("topk", merit, **attrs))
-    at = {"dim": LAST_DIM, "overload": "value", "@self": 1, "@index": 1}
+    attrs: dict[str, Any] = {
+        "k": AttrAs("top_groups"),
+        "dim": LAST_DIM,
+        "largest": True,
+        "overload": "default",
+        "sorted": AttrAs("sorted1"),
+    }
+    best = indices_of(torch_op("topk", merit, tensors="self", **attrs))
+    at: dict[str, Any] = {"dim": LAST_DIM, "overload": "value", "tensors": "self index"}
     marked = any_of(
-        op("scatter", full(0), best, value=AttrIs("1", lambda v, _: v == 1), **at),
-        op("scatter", full(0), best, full(1), dim=LAST_DIM, overload="src", **{"@self": 1, "@index": 1, "@src": 1}),
+        torch_op("scatter", full(0), best, value=AttrIs("1", lambda v, _: v == 1), **at),
+        torch_op("scatter", full(0), best, full(1), dim=LAST_DIM, overload="src", tensors="self index src"),
     ).as_("marked")
-    unmarked = op("scatter", full(1), best, value=AttrIs("0", lambda v, _: v == 0), **at).as_("marked")
+    unmarked = torch_op("scatter", full(1), best, value=AttrIs("0", lambda v, _: v == 0), **at).as_("marked")
     kept, dropped = spread(marked), spread(unmarked)
     true_kept = any_of(truth(kept), op("not", truth(dropped)), is_zero(dropped))
     true_dropped = any_of(op("not", truth(kept)), is_zero(kept), truth(dropped))
@@ -172,7 +177,7 @@ taken = opt_cast(any_of(taken_scores, late_score))
 def divided(weights: Pattern) -> Pattern:
     """The weights, each token's divided by their sum or not."""
     raw = weights.as_("raw")
-    norm_of_positive = op(  # the sum of magnitudes of what is not negative
+    norm_of_positive = torch_op(  # the sum of magnitudes of what is not negative
         "linalg_vector_norm:default",
         opt_cast(var("raw")),
         ord=1,
@@ -180,7 +185,7 @@ def divided(weights: Pattern) -> Pattern:
         keepdim=True,
         overload="default",
         dtype=AttrIs("any type", lambda dtype, value: True),
-        **{"@self": 1},
+        tensors="self",
     )
     total = opt_cast(any_of(sum_(opt_cast(var("raw")), dims=LAST), norm_of_positive).as_("total"))
     guarded = any_of(
@@ -193,18 +198,18 @@ def divided(weights: Pattern) -> Pattern:
 
 weights = opt_cast(any_of(divided(taken) * lit("scale"), divided(taken)))
 
-dense_logits = op(
+dense_logits = torch_op(
     "scatter",
     full(float("-inf")),
     indices_of(chosen_by(scored)),
     values_of(Named("topk", anything())),
     dim=LAST_DIM,
     overload="src",
-    **{"@self": 1, "@index": 1, "@src": 1},
+    tensors="self index src",
 )
 dense_sigmoid = opt_cast(sigmoid(opt_cast(dense_logits)).as_("late.sigmoid")).as_("dense")
-dense_weights = op(
-    "scatter", full(0), op("getitem", anything(), index=1), weights, dim=LAST_DIM, overload="src", **{"@self": 1, "@index": 1, "@src": 1}
+dense_weights = torch_op(
+    "scatter", full(0), op("getitem", anything(), index=1), weights, dim=LAST_DIM, overload="src", tensors="self index src"
 ).as_("dense")
 
 gating = any_of(weights, dense_sigmoid, dense_weights)

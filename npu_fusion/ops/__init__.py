@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..semantic import SemanticOp, semantic_ops
-from . import attention, glu, matmul, moe, norm, rope
+from . import attention, experts, glu, matmul, moe, norm, rope
 
-__all__ = ["OpRow", "attention", "glu", "matmul", "moe", "norm", "op_table", "render_op_table", "rope"]
+__all__ = ["OpRow", "attention", "experts", "glu", "matmul", "moe", "norm", "op_table", "render_op_table", "rope"]
 
 _INTRODUCTION = """# Semantic ops
 
