@@ -6,6 +6,7 @@ if __name__ != "npu_fusion.patterns":
 from . import (
     attention,  # noqa: F401
     experts,  # noqa: F401
+    experts_gathered,  # noqa: F401
     glu,  # noqa: F401
     matmul,  # noqa: F401
     moe,  # noqa: F401

@@ -185,6 +185,12 @@ def _check_sum(m: Match, k: int) -> Reject | None:
 _UNIT = ("activation", "layout", "alpha", "gate_limit", "up_limit", "up_offset", "round_dtype")
 
 
+def unit_arguments(m: Match) -> dict[str, Any]:
+    """What `moe_experts` must know of the gated unit that the match absorbs."""
+    unit = m.form("unit").args
+    return {name: unit[name] for name in _UNIT if unit.get(name) is not None}
+
+
 def rewrite_experts(m: Match) -> Call:
     canon, x = m.view.canon, m["x"]
     pairs = (x.shape[0], _chosen_each(m))
@@ -199,12 +205,8 @@ def rewrite_experts(m: Match) -> Call:
         "out_dtype": m.root.dtype,
     }
     args |= {name: m[name] for name in ("gate_up_bias", "up_bias", "down_bias") if name in m}
-    if "unit" in m:
-        unit = m.form("unit").args
-        args |= {name: unit[name] for name in _UNIT if unit.get(name) is not None}
-    else:
-        args |= {"gated": False, "activation": activation_of(m)}
-    return Call(moe_experts, args, [m.root])
+    args |= unit_arguments(m) if "unit" in m else {"gated": False, "activation": activation_of(m)}
+    return Call(moe_experts, args, [canon.reshape(m.root, (x.shape[0], m["down"].shape[2]))])
 
 
 _BETWEEN = 12  # operators between the two products of an expert, limits and slopes included
@@ -222,7 +224,7 @@ def is_second_product(value: Value) -> bool:
 
 MOE_EXPERTS = Rule(
     "moe_experts",
-    pattern=opt_cast(summed),
+    pattern=opt_cast(any_of(reshape(opt_cast(summed)), summed)),
     check=check_experts,
     rewrite=rewrite_experts,
     produces="moe_experts",

@@ -57,8 +57,7 @@ def _within_groups(choice: Tensor, groups: int, top_groups: int, group_score: st
     merit = parts.amax(-1) if group_score == "max" else parts.topk(2, -1).values.sum(-1)
     best = merit.topk(top_groups, -1, sorted=False).indices
     kept = torch.zeros_like(merit, dtype=torch.bool).scatter(-1, best, True)
-    choice = parts.masked_fill(~kept.unsqueeze(-1), float("-inf") if excluded is None else excluded).flatten(-2)
-    return choice
+    return torch.flatten(parts.masked_fill(~kept.unsqueeze(-1), float("-inf") if excluded is None else excluded), -2)
 
 
 @semantic_op(
