@@ -24,6 +24,7 @@ FAMILIES = (
     "norm_quant",
     "attention",
     "moe",
+    "experts",
 )
 
 
