@@ -8,6 +8,6 @@
 - `emulation/` has CPU kernels of the ops, so that an Ascend lowering can be run, and its numbers tested, without an NPU.
 """
 
-from . import attention, cache, capture_facts, glu, matmul, moe, norm, norm_rope_cache, rope
+from . import attention, cache, capture_facts, experts, glu, matmul, moe, norm, norm_rope_cache, rope
 
-__all__ = ["attention", "cache", "capture_facts", "glu", "matmul", "moe", "norm", "norm_rope_cache", "rope"]
+__all__ = ["attention", "cache", "capture_facts", "experts", "glu", "matmul", "moe", "norm", "norm_rope_cache", "rope"]
