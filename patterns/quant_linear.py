@@ -148,11 +148,13 @@ def check_dequantize(m: Match) -> Reject | None:
 
 def _holds_difference(difference: Value) -> bool:
     """Whether what is subtracted cannot wrap: in int32 at the least, or in a type wider than the stored numbers and zero points."""
-    if bits(difference.dtype) or difference.dtype in (torch.int32, torch.int64):
-        return True
+    dtype = difference.dtype
+    if dtype is None or bits(dtype) or dtype in (torch.int32, torch.int64):
+        return dtype is not None
     operands = [arg.args[0] if arg.op == "cast" else arg for arg in difference.args if isinstance(arg, Value)]
-    held = [torch.iinfo(v.dtype).bits for v in operands if not bits(v.dtype) and v.dtype is not torch.bool and v.ndim]
-    return bool(held) and torch.iinfo(difference.dtype).bits > max(held)
+    stored = [v.dtype for v in operands if v.ndim and v.dtype is not None]
+    whole = all(not bits(kind) and kind is not torch.bool for kind in stored)
+    return bool(stored) and whole and torch.iinfo(dtype).bits > max(torch.iinfo(kind).bits for kind in stored)
 
 
 def _check_sum(m: Match) -> Reject | None:

@@ -25,6 +25,8 @@ FAMILIES = (
     "norm_quant",
     "quantised",
     "attention",
+    "moe",
+    "experts",
 )
 
 
