@@ -25,6 +25,7 @@ from npu_fusion.ops.quant_core import QUANTIZATION_NAMES
 from npu_fusion.pattern import op, var
 from npu_fusion.rule import Call, Reject, Rule, register_builtin
 from npu_fusion.view import Form
+from npu_fusion.view.shapes import known_equal, product
 from npu_fusion.whole import why_not_whole
 
 from .mla_trace import Preprocess, trace_preprocess
@@ -44,10 +45,11 @@ def _rounds_alike(found: Preprocess) -> Reject | None:
     return None
 
 
-def _arguments(found: Preprocess) -> dict[str, Any]:
-    rotary = found.rotary.args
+def _arguments(m: Match, found: Preprocess) -> dict[str, Any]:
+    canon, rotary, x, rows = m.view.canon, found.rotary.args, found.q_a.x, found.q_a.rows
+    per_row = rows is not None and rows.ndim > 0 and not known_equal(product(rows.shape), 1)
     arguments: dict[str, Any] = {
-        "x": found.q_a.x,
+        "x": canon.reshape(x, (*found.lead, x.shape[-1])),
         "q_a_weight": found.q_a.weight,
         "kv_a_weight": found.kv_a.weight,
         "q_b_weight": found.q_b.weight,
@@ -58,7 +60,7 @@ def _arguments(found: Preprocess) -> dict[str, Any]:
         "sin": rotary["sin"],
         "q_eps": found.q_norm.args["eps"],
         "kv_eps": found.kv_norm.args["eps"],
-        "x_scale": found.q_a.rows,
+        "x_scale": canon.reshape(rows, (*found.lead, 1)) if rows is not None and per_row else rows,
         "q_a_scale": found.q_a.columns,
         "kv_a_scale": found.kv_a.columns,
         "q_b_scale": found.q_b.columns,
@@ -85,7 +87,7 @@ def check_preprocess(m: Match) -> Reject | None:
     wrong = _rounds_alike(found)
     if wrong is not None:
         return wrong
-    reason = why_not_whole(mla_preprocess.name, _arguments(found), m.config)
+    reason = why_not_whole(mla_preprocess.name, _arguments(m, found), m.config)
     return None if reason is None else Reject(f"its parts are left to ops of their own: {reason}", m.root, progress=9)
 
 
@@ -98,7 +100,7 @@ def beside_preprocess(m: Match) -> list[Form]:
 def rewrite_preprocess(m: Match) -> Call:
     found = trace_preprocess(m)
     assert isinstance(found, Preprocess)
-    return Call(mla_preprocess, _arguments(found), [found.q_nope, found.q_rope, found.latent, found.k_rope])
+    return Call(mla_preprocess, _arguments(m, found), [found.q_nope, found.q_rope, found.latent, found.k_rope])
 
 
 MLA_PREPROCESS = Rule(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from npu_fusion.match import Match
@@ -14,6 +15,7 @@ from npu_fusion.view.shapes import known_equal, product, same_shape
 from npu_fusion.view.value import Dim, Shape
 
 from .matmul import weight_of_heads
+from .mla_heads import Axes, axes_in, source_of_heads, views_of
 
 _MOST_USERS = 200
 """How many values are looked at on the way to a form, casts and sums inside it included."""
@@ -133,13 +135,12 @@ class _Heads:
     """The query heads.
 
     Attributes:
-        flat: [..., N * (D + R)].
-        lead: the leading dimensions.
+        flat: [..., N * (D + R)], in whatever leading dimensions.
+        lead: the leading dimensions of the tokens.
         count: N.
         nope: D.
     """
 
-    canon: Canon
     flat: Value
     lead: Shape
     count: Dim
@@ -150,63 +151,39 @@ class _Heads:
         width: Dim = self.flat.shape[-1] // self.count
         return width
 
-    def part(self, start: Dim, stop: Dim) -> Value:
-        """Some channels of every head: [..., N, stop - start]."""
-        heads = self.canon.reshape(self.flat, (*self.lead, self.count, self.width))
-        return self.canon.slice(heads, -1, start, stop)
+    @property
+    def axes(self) -> Axes:
+        return Axes.of(self.lead, self.count, self.width)
 
-    def parts_first(self, start: Dim, stop: Dim) -> list[Value]:
-        """The same with the heads before the tokens [B, N, S, stop - start], cut before or after they were moved there."""
-        if len(self.lead) != 2:
-            return []
-        heads = self.canon.reshape(self.flat, (*self.lead, self.count, self.width))
-        moved = self.canon.permute(heads, (0, 2, 1, 3))
-        return [self.canon.permute(self.part(start, stop), (0, 2, 1, 3)), self.canon.slice(moved, -1, start, stop)]
+    def shape(self, channels: Dim, heads_first: bool) -> Shape:
+        """[..., N, channels], or [B, N, S, channels]."""
+        return (self.lead[0], self.count, *self.lead[1:], channels) if heads_first else (*self.lead, self.count, channels)
 
-    def batched(self, start: Dim, stop: Dim, shape: Shape) -> Value:
-        """The same as the operand of a batched product with the heads outermost: [N, tokens, stop - start]."""
-        part, last = self.part(start, stop), len(self.lead)
-        moved = self.canon.permute(part, (last, *range(last), last + 1))
-        return self.canon.reshape(moved, shape)
+    def takes_nope(self, operand: Value) -> bool:
+        """Whether the operand of a batched product is the first channels of every head, [N, tokens, D] or [B, N, S, D]."""
+        found = axes_in(operand, self.flat, self.axes)
+        order = "heads second" if operand.ndim == 4 else "heads first"
+        wanted = Axes.of(self.lead, self.count, self.width, order).cut(0, self.nope)
+        return found is not None and (found.order, found.start, found.stop) == (wanted.order, 0, self.nope)
 
-
-def _flat_heads(canon: Canon, value: Value, count: Dim) -> tuple[Value, Shape] | None:
-    """What the operand of the product with W_UK is part of, all heads side by side, found through views and one cut; and the leading
-    dimensions with which the heads were told apart."""
-    if value.op == "cast" and value.dtype is not None:
-        found = _flat_heads(canon, value.args[0], count)
-        return None if found is None else (canon.cast(found[0], value.dtype), found[1])
-    cut, lead = False, None
-    while value.op in ("reshape", "permute", "slice"):
-        if value.op == "slice":
-            if cut or value.attrs["dim"] != value.ndim - 1:
-                break
-            cut = True
-        elif value.op == "reshape" and value.ndim > 2 and known_equal(value.shape[-2], count):
-            lead = value.shape[:-2]
-        value = value.args[0]
-    fits = cut and lead is not None and isinstance(count, int) and known_equal(value.shape[-1] % count, 0)
-    return (canon.reshape(value, (*lead, value.shape[-1])), lead) if fits and lead is not None else None
-
-
-def _query_heads(m: Match, k_b_weight: Value) -> _Heads | Reject:
-    """The heads whose first channels the product with W_UK takes."""
-    canon, operand, (count, nope, _) = m.view.canon, m["operand"], k_b_weight.shape
-    found = _flat_heads(canon, operand, count)
-    if found is None:
-        return Reject("what is multiplied with a matrix for each head is no part of the channels of heads", operand)
-    heads = _Heads(canon, *found, count, nope)
-    wanted = heads.parts_first(0, nope) if operand.ndim == 4 else [heads.batched(0, nope, operand.shape)]
-    if not any(_same(canon, operand, part) for part in wanted):
-        return Reject("the product does not take the first channels of every head", operand)
-    return heads
+    def rotated(self, x: Value) -> bool | None:
+        """Whether heads come before tokens in a tensor of the other channels of every head; None for any other tensor."""
+        found = axes_in(x, self.flat, self.axes)
+        if found is None or (found.start, found.stop) != (self.nope, self.width):
+            return None
+        channels = self.width - self.nope
+        for heads_first in (False, True)[: len(self.lead)]:
+            order = Axes.of(self.lead, self.count, self.width, "heads second" if heads_first else "").order
+            if found.order == order and same_shape(x.shape, self.shape(channels, heads_first)):
+                return heads_first
+        return None
 
 
 # -------------------------------------------------------------------- forms
 
 
-def _forms_of_users(value: Value, op: str, reads: str, canon: Canon) -> Iterator[Form]:
-    """The forms of the op that read the value, in whatever shape, as an argument or in the list that is one."""
+def _forms_of_users(value: Value, op: str, reads: Callable[[Form], bool]) -> Iterator[Form]:
+    """The forms of the op among the values that are computed from this one, those of which `reads` holds."""
     pending, seen = [value], {value}
     while pending and len(seen) < _MOST_USERS:
         for user in pending.pop(0).users:
@@ -214,13 +191,9 @@ def _forms_of_users(value: Value, op: str, reads: str, canon: Canon) -> Iterator
                 continue
             seen.add(user)
             form = user.form(op)
-            if form is not None and any(_same(canon, x, value) for x in _listed(form.args[reads])):
+            if form is not None and reads(form):
                 yield form
             pending.append(user)
-
-
-def _listed(argument: Any) -> Sequence[Value]:
-    return argument if isinstance(argument, (list, tuple)) else [argument]
 
 
 # -------------------------------------------------------------------- all together
@@ -231,6 +204,7 @@ class Preprocess:
     """The parts of MLA before the attention, and what leaves it; see the arguments and results of `ops.mla.mla_preprocess`."""
 
     site: Value
+    lead: Shape
     q_a: Projection
     kv_a: Projection
     q_b: Projection
@@ -261,29 +235,30 @@ def trace_preprocess(m: Match) -> Preprocess | Reject:
     k_b_weight = weight_of_heads(m)
     if k_b_weight is None:
         return Reject("the matrices differ from batch to batch", m["weight"])
-    heads = _query_heads(m, k_b_weight)
-    if isinstance(heads, Reject):
-        return heads
-    q_side = _query_side(canon, heads.flat)
+    count, nope, size = k_b_weight.shape
+    source = source_of_heads(canon, m["operand"], count)
+    if source is None:
+        return Reject("what is multiplied with a matrix for each head is no part of the channels of heads", m["operand"])
+    flat, lead = source
+    q_side = _query_side(canon, flat)
     if isinstance(q_side, Reject):
         return q_side
     q_b, normed, q_norm, quantize, q_a = q_side
-    lead = q_a.x.shape[:-1]
-    if not known_equal(product(lead), product(heads.lead)):
-        return Reject("queries have other tokens than the hidden states", heads.flat)
-    heads = _Heads(canon, canon.reshape(heads.flat, (*lead, heads.flat.shape[-1])), lead, heads.count, heads.nope)
-    beside = _keys_and_latent(canon, heads, k_b_weight.shape[2], q_a)
+    heads = _Heads(flat, lead, count, nope)
+    if not heads.takes_nope(m["operand"]):
+        return Reject("the product does not take the first channels of every head", m["operand"])
+    beside = _keys_and_latent(canon, heads, size, q_a)
     if isinstance(beside, Reject):
         return beside
     rotated, kv_a, kv_norm, latent = beside
     alike = _same_sums(q_a, kv_a, q_b)
     if alike is not None:
         return alike
-    q_nope, heads_first = _absorbed(m, heads, k_b_weight.shape[2])
+    q_nope, heads_first = _absorbed(m, heads, size)
     forms = [q_norm, kv_norm, *rotated.forms, *(form for form in (quantize, q_a.form, kv_a.form, q_b.form) if form is not None)]
     forms += [form for form in (q_nope.form("bmm_transpose"),) if form is not None]
     return Preprocess(
-        site, q_a, kv_a, q_b, k_b_weight, q_norm, kv_norm, normed, quantize, rotated.forms[0],
+        site, heads.lead, q_a, kv_a, q_b, k_b_weight, q_norm, kv_norm, normed, quantize, rotated.forms[0],
         q_nope, rotated.q, latent, rotated.k, heads_first, rotated.heads_first, forms,
     )  # fmt: skip
 
@@ -331,15 +306,15 @@ class _Rotated:
 
 def _rotations(canon: Canon, heads: _Heads) -> Iterator[_Rotated]:
     """The rotations of queries and keys by one table: several where layers share it, and the keys are rotated by themselves."""
-    first = heads.parts_first(heads.nope, heads.width)
-    for part, heads_first in ((heads.part(heads.nope, heads.width), False), *((part, True) for part in first)):
-        for form in _forms_of_users(part, "rotary", "xs", canon):
-            xs = form.args["xs"]
-            at = next(i for i, x in enumerate(xs) if _same(canon, x, part))
-            one_head = part.shape[:1] + (1,) + part.shape[2:] if heads_first else (*part.shape[:-2], 1, part.shape[-1])
-            if form.args.get("rotary_dim", -1) != -1 or not same_shape(xs[at].shape, part.shape):
+    source = heads.flat.args[0] if heads.flat.op == "cast" else heads.flat
+    for form in _forms_of_users(source, "rotary", lambda form: form.match.root.dtype == heads.flat.dtype):
+        for at, x in enumerate(form.args["xs"]):
+            heads_first = heads.rotated(x)
+            if heads_first is None or form.args.get("rotary_dim", -1) != -1:
                 continue
-            pairs = [(form, 1 - at)] if len(xs) == 2 else [(other, 0) for other in _rotations_alike(canon, form)]
+            one_head = replace(heads, count=1).shape(x.shape[-1], heads_first)
+            alone = len(form.args["xs"]) == 1
+            pairs = [(other, 0) for other in _rotations_alike(canon, form)] if alone else [(form, 1 - at)]
             for other, place in pairs:
                 q, k, keys = form.match.call.outputs[at], other.match.call.outputs[place], other.args["xs"][place]
                 if q is not None and k is not None and _same_or_reshaped(canon, keys, one_head):
@@ -353,29 +328,31 @@ def _same_or_reshaped(canon: Canon, keys: Value, one_head: Shape) -> bool:
 
 def _rotations_alike(canon: Canon, form: Form) -> Iterator[Form]:
     """The other rotations of one tensor by the same table, turned the same way."""
-    cos = _base(form.args["cos"])
-    for other in _forms_of_users(cos, "rotary", "cos", canon):
-        same = all(form.args.get(name) == other.args.get(name) for name in ("layout", "sign", "rotary_dim"))
-        if other is not form and same and len(other.args["xs"]) == 1 and _same(canon, other.args["sin"], form.args["sin"]):
-            yield other
+
+    def alike(other: Form) -> bool:
+        same = all(form.args.get(name) == other.args.get(name) for name in ("layout", "sign", "rotary_dim", "out_dtype"))
+        tables = all(_same(canon, other.args[name], form.args[name]) for name in ("cos", "sin"))
+        return other is not form and same and tables and len(other.args["xs"]) == 1
+
+    yield from _forms_of_users(_base(form.args["cos"]), "rotary", alike)
 
 
 def _keys_and_latent(canon: Canon, heads: _Heads, size: Dim, q_a: Projection) -> tuple[_Rotated, Projection, Form, Value] | Reject:
     """The rotation of queries and keys, and what `_latent_side` finds of the latent that lies before those keys."""
     rejected = Reject("the other channels of the heads are not rotated together with one head of keys", heads.flat)
     for rotated in _rotations(canon, heads):
-        found = _latent_side(canon, rotated.keys, size, q_a)
+        found = _latent_side(canon, rotated.keys, size, q_a, heads.lead)
         if not isinstance(found, Reject):
             return rotated, *found
         rejected = found
     return rejected
 
 
-def _latent_side(canon: Canon, k_pe: Value, size: Dim, q_a: Projection) -> tuple[Projection, Form, Value] | Reject:
+def _latent_side(canon: Canon, k_pe: Value, size: Dim, q_a: Projection, lead: Shape) -> tuple[Projection, Form, Value] | Reject:
     """The projection of latent and keys, and the norm of the latent: the columns before the keys."""
     for view in _views(canon, k_pe):
         latent = canon.slice(view.whole, -1, view.start - size, view.start) if view.start != 0 else None
-        norms = [] if latent is None else list(_forms_of_users(latent, "rms_norm", "x", canon))
+        norms = [] if latent is None else list(_forms_of_users(_base(latent), "rms_norm", partial(_normalises, canon, latent)))
         norm = max(norms, key=lambda form: len(form.match.visited), default=None)  # the whole of it, its weight included
         if norm is None:
             continue
@@ -387,7 +364,7 @@ def _latent_side(canon: Canon, k_pe: Value, size: Dim, q_a: Projection) -> tuple
             return Reject("queries and latent are not projected from the same hidden states", kv_a.x)
         normed = norm.match.call.outputs[0]
         assert normed is not None
-        return kv_a, norm, canon.reshape(normed, (*q_a.x.shape[:-1], size))
+        return kv_a, norm, canon.reshape(normed, (*lead, size))
     return Reject("no norm reads the columns before the rotated keys", k_pe)
 
 
@@ -403,15 +380,19 @@ def _same_sums(q_a: Projection, kv_a: Projection, q_b: Projection) -> Reject | N
 
 def _absorbed(m: Match, heads: _Heads, size: Dim) -> tuple[Value, bool]:
     """The product with W_UK as [..., N, C], or [B, N, S, C] where the heads stay before the tokens; and whether they do."""
-    canon, site, last = m.view.canon, m["site"], len(heads.lead)
-    shape = (*heads.lead, heads.count, size)
-    if site.ndim == 4:
-        moved = canon.permute(site, (0, 2, 1, 3))
-        return (canon.reshape(moved, shape), False) if _is_computed(moved) else (site, True)
-    apart = canon.permute(canon.reshape(site, (heads.count, *heads.lead, size)), (*range(1, last + 1), 0, last + 1))
-    return apart if _is_computed(apart) else canon.reshape(canon.permute(site, (1, 0, 2)), shape), False
+    canon, site = m.view.canon, m["site"]
+    axes = Axes.of(heads.lead, heads.count, size, "heads second" if site.ndim == 4 else "heads first")
+    wanted = {
+        flag: Axes.of(heads.lead, heads.count, size, "heads second" if flag else "").order for flag in (False, True)[: len(heads.lead)]
+    }
+    views = [(value, known) for value, known in views_of(site, axes) if value.node is not None and value.op != "slice"]
+    for flag, order in wanted.items():
+        for value, known in views:
+            if known.order == order:
+                return canon.reshape(value, heads.shape(size, flag)), flag
+    moved = canon.permute(canon.reshape(site, (heads.count, *heads.lead, size)), (*range(1, len(heads.lead) + 1), 0, len(heads.lead) + 1))
+    return moved, False
 
 
-def _is_computed(value: Value) -> bool:
-    """Whether the graph has the value, in whatever shape."""
-    return any(view.node is not None for view in (value, *(user for user in value.users if user.op == "reshape")))
+def _normalises(canon: Canon, latent: Value, form: Form) -> bool:
+    return _same(canon, form.args["x"], latent)
