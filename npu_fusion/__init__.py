@@ -17,6 +17,7 @@ from .pipeline import fuse
 from .record import GraphRecord, Site
 from .report import FusionReport, report
 from .rule import Call, GroupRule, Reject, Rule, register_rule, rule
+from .weight_storage import store_inputs_first
 
 _triton.load()
 register()
@@ -46,5 +47,6 @@ __all__ = [
     "register_rule",
     "report",
     "rule",
+    "store_inputs_first",
     "torchair_config",
 ]
