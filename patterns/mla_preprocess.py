@@ -22,7 +22,7 @@ from typing import Any
 from npu_fusion.match import Match
 from npu_fusion.ops.mla import mla_preprocess
 from npu_fusion.ops.quant_core import QUANTIZATION_NAMES
-from npu_fusion.pattern import op, var
+from npu_fusion.pattern import anything, op, opt_view, sem, var
 from npu_fusion.rule import Call, Reject, Rule, register_builtin
 from npu_fusion.view import Form
 from npu_fusion.view.shapes import known_equal, product
@@ -110,6 +110,7 @@ MLA_PREPROCESS = Rule(
     rewrite=rewrite_preprocess,
     produces="mla_preprocess",
     idioms={"mla": "site"},
+    gist=sem("mla_attention", q_nope=opt_view(op("matmul", anything(), var("site")))),
     beside=beside_preprocess,
     starts_from=frozenset({"rms_norm", "rotary", "bmm_transpose", "quantize", "quant_linear", "weight_only_linear"}),
 )

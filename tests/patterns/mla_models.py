@@ -48,6 +48,14 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.view_as_real(turned).flatten(3).to(x.dtype)
 
 
+def rotate_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Neighbours in and out, by tables of one entry a pair in the type of x."""
+    half = cos.shape[-1] // 2
+    cos, sin = cos[..., :half].unsqueeze(2), sin[..., :half].unsqueeze(2)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
+
+
 def angles(batch: int, tokens: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     half = torch.rand(batch, tokens, width // 2) * 6
     both = torch.cat((half, half), -1)
@@ -76,9 +84,12 @@ class Int8Linear(nn.Module):
         self.weight = nn.Parameter(torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8), requires_grad=False)
         self.scale = nn.Parameter(torch.rand(outputs) * 0.02 / inputs**0.5 + 1e-4, requires_grad=False)
 
+    def row_scale(self, rows: Tensor) -> Tensor:
+        return rows.abs().amax(-1, keepdim=True).float() / 127.0
+
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        scale = rows.abs().amax(-1, keepdim=True).float() / 127.0
+        scale = self.row_scale(rows)
         q = torch.round(rows.float() / scale).clamp(-128, 127).to(torch.int8)
         sums = torch._int_mm(q, self.weight.t())
         return (sums.float() * scale * self.scale).to(x.dtype).view(*x.shape[:-1], -1)
@@ -112,13 +123,34 @@ class Absorbed(nn.Module):
         self.kv_norm = RMSNorm(s.latent, dtype)
         self.wkv_b = linear(s.latent, s.heads * (s.nope + s.value), dtype, False)
 
+    def hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What queries and latent are projected from."""
+        return x, x
+
+    def query(self, x: Tensor) -> Tensor:
+        q: Tensor = self.wq_b(self.q_norm(self.wq_a(x)))
+        return q
+
+    def split(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        nope, rope = torch.split(q, [self.sizes.nope, self.sizes.rope], dim=-1)
+        return nope, rope
+
+    def latent(self, kv: Tensor) -> tuple[Tensor, Tensor]:
+        latent, rope = torch.split(kv, [self.sizes.latent, self.sizes.rope], dim=-1)
+        return latent, rope
+
+    def tables(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the keys."""
+        return cos, sin
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         s, (batch, tokens, _) = self.sizes, x.shape
-        q = self.wq_b(self.q_norm(self.wq_a(x))).view(batch, tokens, s.heads, s.nope + s.rope)
-        q_nope, q_pe = torch.split(q, [s.nope, s.rope], dim=-1)
+        of_queries, of_latent = self.hidden(x)
+        q = self.query(of_queries).view(batch, tokens, s.heads, s.nope + s.rope)
+        q_nope, q_pe = self.split(q)
         q_pe = self.rotate(q_pe, cos, sin)
-        kv, k_pe = torch.split(self.wkv_a(x), [s.latent, s.rope], dim=-1)
-        k_pe = self.rotate(k_pe.unsqueeze(2), cos, sin).squeeze(2)
+        kv, k_pe = self.latent(self.wkv_a(of_latent))
+        k_pe = self.rotate(k_pe.unsqueeze(2), *self.tables(cos, sin)).squeeze(2)
         w_uk = self.wkv_b.weight.view(s.heads, -1, s.latent)[:, : s.nope]
         q_nope = q_nope.transpose(1, 2) @ w_uk if self.heads_first else torch.einsum("bshd,hdc->bshc", q_nope, w_uk)
         kv = self.kv_norm(kv)
@@ -128,3 +160,32 @@ class Absorbed(nn.Module):
         self.write(kv_cache, positions, kv)
         self.write(pe_cache, positions, k_pe)
         return q_nope, q_pe, kv_cache, pe_cache
+
+
+class Attending(Absorbed):
+    """The same with the attention behind it, against caches [B, T, C] of which positions after the token's own are hidden."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        s, positions = self.sizes, caches[0]
+        q_nope, q_pe, kv, pe = super().forward(x, cos, sin, *caches)
+        scores = torch.einsum("bshc,btc->bsht", q_nope, kv) + torch.einsum("bshr,btr->bsht", q_pe, pe)
+        scores = scores * (s.nope + s.rope) ** -0.5
+        hidden = torch.arange(kv.shape[1]) > positions[:, None]
+        scores = scores.masked_fill(hidden[None, :, None], -torch.inf)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(x.dtype)
+        latent = torch.einsum("bsht,btc->bshc", weights, kv)
+        w_uv = self.wkv_b.weight.view(s.heads, -1, s.latent)[:, s.nope :]
+        return torch.einsum("bshc,hdc->bshd", latent, w_uv), kv, pe
+
+
+# -------------------------------------------------------------------- caches
+
+
+def index_copied(cache: Tensor, positions: Tensor, rows: Tensor) -> None:
+    """A static cache [B, T, C]: every sequence at the same positions."""
+    cache.index_copy_(1, positions, rows)
+
+
+def paged(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """A cache [blocks, page, C] by slot numbers."""
+    cache.view(-1, rows.shape[-1])[slots] = rows.reshape(-1, rows.shape[-1])

@@ -66,4 +66,5 @@ def _matrix(inputs: Inputs, shape: Shape, whole: bool, std: float = 0.02) -> tor
 
 def _scales(inputs: Inputs, shape: Shape, summed: int) -> torch.Tensor:
     """Such that sums of so many products come to about one."""
-    return (1 + inputs.normal(shape, torch.float32, 0.1).abs()) / (73 * summed**0.5)
+    scales: torch.Tensor = (1 + inputs.normal(shape, torch.float32, 0.1).abs()) / (73 * summed**0.5)
+    return scales
