@@ -6,12 +6,14 @@ A linear's weight [outputs, inputs] stays the same parameter with the same value
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
+from . import torch_private
 from .errors import UnsupportedInputError
 from .weights import why_not_owned
 
@@ -50,5 +52,32 @@ def _store(weight: Tensor) -> None:
     with torch.no_grad():
         transposed = weight.data.t().contiguous()
         if transposed.device.type == "npu":
-            transposed = importlib.import_module("torch_npu").npu_format_cast(transposed, FRACTAL_NZ)
+            transposed = torch_private.npu_tensor_in_format(transposed, FRACTAL_NZ)
         weight.data = transposed.t()
+
+
+# -------------------------------------------------------------------- what a graph may know of it
+
+_FORMAT = "npu_fusion_format"
+"""Key of a placeholder's metadata: the format of the tensor that will be passed, of one on an NPU."""
+
+
+def note_formats(gm: GraphModule, real_inputs: Sequence[Any]) -> None:
+    """Note in a graph the formats of its parameters, which fake tensors do not have.
+
+    Args:
+        real_inputs: for each placeholder the tensor that will be passed, or None.
+    """
+    for node, real in zip(gm.graph.find_nodes(op="placeholder"), real_inputs, strict=False):
+        if isinstance(real, Tensor) and real.device.type == "npu" and not torch_private.has_no_memory(real):
+            node.meta[_FORMAT] = torch_private.npu_format_of(real)
+
+
+def is_in_nz(weight: Node) -> bool:
+    """Whether a parameter, of which the node may be a transposition, is in the format FRACTAL_NZ, or on a device that has no formats."""
+    while weight.op == "call_function" and weight.target in _TRANSPOSITIONS:
+        weight = weight.args[0]  # type: ignore[assignment]
+    return weight.meta["val"].device.type != "npu" or weight.meta.get(_FORMAT) == FRACTAL_NZ
+
+
+_TRANSPOSITIONS = (torch.ops.aten.t.default, torch.ops.aten.transpose.int, torch.ops.aten.permute.default)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from ...cache_writes import Absorbed, RowWrite
@@ -28,6 +27,7 @@ from ...lower import Arguments, Builder
 from ...ops.mla import MlaShapes
 from ...view import Literal, Value
 from ...view.shapes import known_equal, product, same_shape, to_shape
+from ...weight_storage import FRACTAL_NZ, is_in_nz
 from ...whole import register_whole
 from .cache import slots_of, writes
 from .norm_rope_cache import calls_of, shapes_of
@@ -36,7 +36,6 @@ from .table import SOCS, ascend_ops
 
 aten = torch.ops.aten
 PROLOG, FUNCTIONAL = "npu::npu_mla_prolog_v3", "npu::npu_mla_prolog_v3_functional"
-NZ = 29  # FRACTAL_NZ
 PAGES = (128, 16)
 _HIDDEN, _HEADS = (6144, 7168, 7680), (1, 2, 4, 8, 16, 32, 64, 128)
 _SIZES = {"q_lora": 1536, "nope": 128, "rope": 64, "latent": 512}
@@ -122,19 +121,22 @@ def why_not_prolog(a: Mapping[str, Any], config: FusionConfig) -> str | None:
     reason = _why_not(plain, config.rounding == "exact")
     if reason is not None:
         return reason
-    stored = [name for name in _WEIGHTS if not _inputs_first(a[name])]
+    stored = [name for name in _WEIGHTS if not _is_stored(a[name])]
     return _STORED.format(", ".join(stored)) if stored else None
 
 
-_STORED = "it reads weights stored with their inputs first, and {} would be transposed at every call: see npu_fusion.store_inputs_first"
+_STORED = (
+    "it reads weights stored with their inputs first and in NZ, and {} would be copied at every call: see npu_fusion.store_inputs_first"
+)
 
 
-def _inputs_first(weight: Value) -> bool:
-    """Whether a matrix [inputs, outputs] of the graph lies in memory like that."""
-    val = weight.node.meta.get("val") if weight.node is not None else None
-    if val is None and weight.op == "permute" and weight.args[0].node is not None:
-        val = weight.args[0].node.meta["val"].t()
-    return isinstance(val, Tensor) and row_major(val)
+def _is_stored(weight: Value) -> bool:
+    """Whether a matrix [inputs, outputs] of the graph lies in memory as the op reads it."""
+    node = weight.node
+    if node is not None:
+        return row_major(node.meta["val"]) and is_in_nz(node)
+    source = weight.args[0].node if weight.op == "permute" else None
+    return source is not None and row_major(source.meta["val"].t()) and is_in_nz(source)
 
 
 # -------------------------------------------------------------------- into pages of its own
@@ -148,7 +150,7 @@ def mla_prolog(b: Builder, a: Arguments, npu: Npu) -> list[Node]:
     known = {name: b.val(value) if isinstance(value, Node) else value for name, value in given.items()}
     reason = _why_not(known, b.config.rounding == "exact")
     b.require(reason is None, reason or "")
-    stored = [name for name in _WEIGHTS if not row_major(b.val(given[name]))]
+    stored = [name for name in _WEIGHTS if not (row_major(b.val(given[name])) and is_in_nz(given[name]))]
     b.require(not stored, _STORED.format(", ".join(stored)))
     b.require(all(isinstance(given[name], float) for name in ("q_eps", "kv_eps")), "its eps are constants, the model's are not")
     lead: list[Any] = [b.size(a.x, dim) for dim in range(b.val(a.x).dim() - 1)]
@@ -169,7 +171,7 @@ def mla_prolog(b: Builder, a: Arguments, npu: Npu) -> list[Node]:
 
 def _operands(b: Builder, a: Arguments, npu: Npu, lead: Sequence[Any]) -> list[Node]:
     """The op's arguments from weight_dq to rope_cos."""
-    weight_dq, weight_dkv_kr, weight_uq_qr = (npu("npu::npu_format_cast", getattr(a, name), NZ) for name in _WEIGHTS)
+    weight_dq, weight_dkv_kr, weight_uq_qr = (npu("npu::npu_format_cast", getattr(a, name), FRACTAL_NZ) for name in _WEIGHTS)
     gammas = [b.contiguous(a.q_norm_weight), b.contiguous(a.kv_norm_weight)]
     cos, sin = (_table(b, a, table, lead) for table in (a.cos, a.sin))
     return [weight_dq, weight_uq_qr, b.contiguous(a.k_b_weight), weight_dkv_kr, *gammas, sin, cos]

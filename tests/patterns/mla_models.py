@@ -170,7 +170,7 @@ class Attending(Absorbed):
         q_nope, q_pe, kv, pe = super().forward(x, cos, sin, *caches)
         scores = torch.einsum("bshc,btc->bsht", q_nope, kv) + torch.einsum("bshr,btr->bsht", q_pe, pe)
         scores = scores * (s.nope + s.rope) ** -0.5
-        hidden = torch.arange(kv.shape[1]) > positions[:, None]
+        hidden = torch.arange(kv.shape[1], device=kv.device) > positions[:, None]
         scores = scores.masked_fill(hidden[None, :, None], -torch.inf)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(x.dtype)
         latent = torch.einsum("bsht,btc->bshc", weights, kv)
