@@ -27,6 +27,17 @@ _PAGES = (16, 128)
 _NZ = 29
 _UNSUPPORTED = ("quant_scale_ckv", "quant_scale_ckr", "actual_seq_len", "k_nope_clip_alpha")
 _DTYPES = ("token_x_dtype", "weight_dq_dtype", "weight_uq_qr_dtype", "weight_dkv_kr_dtype", "kv_cache_dtype")
+_TENSORS = (
+    "token_x",
+    "weight_dq",
+    "weight_uq_qr",
+    "weight_uk",
+    "weight_dkv_kr",
+    "rmsnorm_gamma_cq",
+    "rmsnorm_gamma_ckv",
+    "rope_sin",
+    "rope_cos",
+)
 _MODES = ("query_norm_flag", "kv_cache_quant_mode", "query_quant_mode", "ckvkr_repo_mode", "quant_scale_repo_mode")
 
 
@@ -57,6 +68,12 @@ class _Prolog:
     sin: Tensor
     cos: Tensor
     options: dict[str, Any]
+
+    @staticmethod
+    def of(arguments: dict[str, Any]) -> _Prolog:
+        """From all arguments of the op by name."""
+        tensors = [arguments[name] for name in _TENSORS]
+        return _Prolog(*tensors, options=arguments)
 
     def check(self, kv_cache: Tensor, kr_cache: Tensor, index: Tensor | None) -> None:
         refuse(_OP, **{name: self.options[name] for name in (*_UNSUPPORTED, *_DTYPES) if name in self.options})
@@ -180,11 +197,35 @@ def npu_mla_prolog_v3(
     kr_cache: Tensor,
     *,
     cache_index: Tensor | None = None,
-    **options: Any,
+    dequant_scale_x: Tensor | None = None,
+    dequant_scale_w_dq: Tensor | None = None,
+    dequant_scale_w_uq_qr: Tensor | None = None,
+    dequant_scale_w_dkv_kr: Tensor | None = None,
+    quant_scale_ckv: Tensor | None = None,
+    quant_scale_ckr: Tensor | None = None,
+    smooth_scales_cq: Tensor | None = None,
+    actual_seq_len: Tensor | None = None,
+    k_nope_clip_alpha: Tensor | None = None,
+    rmsnorm_epsilon_cq: float = 1e-5,
+    rmsnorm_epsilon_ckv: float = 1e-5,
+    cache_mode: str = "PA_BSND",
+    query_norm_flag: bool = False,
+    weight_quant_mode: int = 0,
+    kv_cache_quant_mode: int = 0,
+    query_quant_mode: int = 0,
+    ckvkr_repo_mode: int = 0,
+    quant_scale_repo_mode: int = 0,
+    tile_size: int = 128,
+    qc_qr_scale: float = 1.0,
+    kc_scale: float = 1.0,
+    token_x_dtype: int | None = None,
+    weight_dq_dtype: int | None = None,
+    weight_uq_qr_dtype: int | None = None,
+    weight_dkv_kr_dtype: int | None = None,
+    kv_cache_dtype: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Both queries, and three results that are not computed; latent and keys go into the caches."""
-    weights = (weight_dq, weight_uq_qr, weight_uk, weight_dkv_kr, rmsnorm_gamma_cq, rmsnorm_gamma_ckv)
-    return _run(_Prolog(token_x, *weights, rope_sin, rope_cos, options), kv_cache, kr_cache, cache_index)
+    return _run(_Prolog.of(locals()), kv_cache, kr_cache, cache_index)
 
 
 @npu_mla_prolog_v3.fake
@@ -228,11 +269,35 @@ def npu_mla_prolog_v3_functional(
     kr_cache: Tensor,
     *,
     cache_index: Tensor | None = None,
-    **options: Any,
+    dequant_scale_x: Tensor | None = None,
+    dequant_scale_w_dq: Tensor | None = None,
+    dequant_scale_w_uq_qr: Tensor | None = None,
+    dequant_scale_w_dkv_kr: Tensor | None = None,
+    quant_scale_ckv: Tensor | None = None,
+    quant_scale_ckr: Tensor | None = None,
+    smooth_scales_cq: Tensor | None = None,
+    actual_seq_len: Tensor | None = None,
+    k_nope_clip_alpha: Tensor | None = None,
+    rmsnorm_epsilon_cq: float = 1e-5,
+    rmsnorm_epsilon_ckv: float = 1e-5,
+    cache_mode: str = "PA_BSND",
+    query_norm_flag: bool = False,
+    weight_quant_mode: int = 0,
+    kv_cache_quant_mode: int = 0,
+    query_quant_mode: int = 0,
+    ckvkr_repo_mode: int = 0,
+    quant_scale_repo_mode: int = 0,
+    tile_size: int = 128,
+    qc_qr_scale: float = 1.0,
+    kc_scale: float = 1.0,
+    token_x_dtype: int | None = None,
+    weight_dq_dtype: int | None = None,
+    weight_uq_qr_dtype: int | None = None,
+    weight_dkv_kr_dtype: int | None = None,
+    kv_cache_dtype: int | None = None,
 ) -> tuple[Tensor, ...]:
     """npu_mla_prolog_v3 on copies of the caches, which are the last two results."""
-    weights = (weight_dq, weight_uq_qr, weight_uk, weight_dkv_kr, rmsnorm_gamma_cq, rmsnorm_gamma_ckv)
-    prolog, caches = _Prolog(token_x, *weights, rope_sin, rope_cos, options), (kv_cache.clone(), kr_cache.clone())
+    prolog, caches = _Prolog.of(locals()), (kv_cache.clone(), kr_cache.clone())
     return *_run(prolog, *caches, cache_index), *caches
 
 
