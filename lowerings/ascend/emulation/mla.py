@@ -72,8 +72,8 @@ class _Prolog:
     @staticmethod
     def of(arguments: dict[str, Any]) -> _Prolog:
         """From all arguments of the op by name."""
-        tensors = [arguments[name] for name in _TENSORS]
-        return _Prolog(*tensors, options=arguments)
+        fields: list[Any] = [*(arguments[name] for name in _TENSORS), arguments]
+        return _Prolog(*fields)
 
     def check(self, kv_cache: Tensor, kr_cache: Tensor, index: Tensor | None) -> None:
         refuse(_OP, **{name: self.options[name] for name in (*_UNSUPPORTED, *_DTYPES) if name in self.options})
