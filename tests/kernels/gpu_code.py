@@ -2,8 +2,8 @@
 
     tools/run -m tests.kernels.gpu_code [KERNEL...]
 
-A process of its own, because elsewhere in the tests Triton interprets. The kernels are those of tests/kernels/cases, planned for a GPU; a
-few cases of each, of different plans. Prints a JSON object a case.
+A process of its own, because elsewhere in the tests Triton interprets. The kernels are those of tests/kernels/cases and gpu_cases, planned
+for a GPU; a few cases of each, of different plans. Prints a JSON object a case.
 
 Also counts reductions and scans over scattered lanes. Triton 3.6 exchanges values between neighbouring lanes only: where the lanes that
 share a row are not a run of adjacent bits of the lane's number, as they may be after a reshape, it reduces over those of other rows
@@ -25,6 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_MEMORY = 227 * 1024  # of a program, on sm_90
+FOLDERS = ("cases", "gpu_cases")  # of kernels that Ascend has as well, and that GPUs alone have
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ def selected(only: Sequence[str]) -> Iterator[Any]:
 
     gpu = Device("cuda", cores=132, cube_cores=132)
     cases: dict[str, list[Any]] = {}
-    for path in sorted((ROOT / "tests" / "kernels" / "cases").glob("*.py")):
-        module = importlib.import_module(f"tests.kernels.cases.{path.stem}")
+    paths = (path for folder in FOLDERS for path in sorted((ROOT / "tests" / "kernels" / folder).glob("*.py")))
+    for path in paths:
+        module = importlib.import_module(f"tests.kernels.{path.parent.name}.{path.stem}")
         module.DEVICE = gpu  # type: ignore[attr-defined]
         for case in module.cases():
             cases.setdefault(case.launch.kernel.__name__, []).append(case)
@@ -95,13 +97,15 @@ def _lane_bases(layout: str, lanes: dict[str, list[list[int]]]) -> list[list[int
 def compile_case(case: Any) -> Code:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel, constants = case.launch.kernel, dict(case.launch.constants)
     constants |= {name: None for name, kind in case.types.items() if kind is None}
     signature = {name: "constexpr" if name in constants else case.types[name] for name in kernel.arg_names}
     pointers = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if str(signature[name]).startswith("*")}
     try:
-        made = compile(ASTSource(kernel, signature, constants, pointers), GPUTarget("cuda", 90, 32), dict(case.launch.options))
+        source = GluonASTSource if kernel.is_gluon() else ASTSource
+        made = compile(source(kernel, signature, constants, pointers), GPUTarget("cuda", 90, 32), dict(case.launch.options))
     except Exception as error:  # whatever a compiler raises is the case's result
         return Code(kernel.__name__, case.name, error=f"{type(error).__name__}: {error}"[-1000:])
     return Code(kernel.__name__, case.name, made.metadata.shared, scattered_reductions(made.asm["ttgir"]))
