@@ -54,9 +54,9 @@ class Decoder(nn.Module):
             store_inputs_first([layer.attention.wq_a, layer.attention.wq_b, layer.attention.wkv_a])
 
 
-def build(device: str = "cpu", layers: int = 2) -> Decoder:
+def build(layers: int = 2, width: int = WIDTH) -> Decoder:
     torch.manual_seed(0)
-    model = Decoder(layers).eval().requires_grad_(False).to(device)
+    model = Decoder(layers, width=width).eval().requires_grad_(False)
     model.store_inputs_first()
     return model
 

@@ -16,7 +16,7 @@ PROLOG, WRITES = "aclnnMlaPrologV3WeightNz", ("aclnnIndexCopy", "aclnnScatterNdU
 
 
 def test_a_decode_step_captures_one_launch_a_layer(traced: Callable[[], Trace]) -> None:
-    model = deepseek_w8a8.build(layers=1).to("npu")
+    model = deepseek_w8a8.build(layers=1, width=256).to("npu")
     model.store_inputs_first()
     inputs = deepseek_w8a8.inputs(model, BATCH)
     compiled = torch.compile(model, backend="npu_fusion", options={"executor": "graph"}, fullgraph=True, dynamic=False)
@@ -32,7 +32,7 @@ def test_a_decode_step_captures_one_launch_a_layer(traced: Callable[[], Trace]) 
 
 
 def test_weights_in_another_format_are_left_to_the_parts() -> None:
-    model = deepseek_w8a8.build(layers=1).to("npu")  # the layout survives the move to the device, the format is not there yet
+    model = deepseek_w8a8.build(layers=1, width=256).to("npu")  # the layout survives the move to the device, the format is not there yet
     report = npu_fusion.explain(model, **deepseek_w8a8.inputs(model, BATCH))
     assert not report.ops["mla_preprocess"]
     [missed] = [site for site in report.missed if site.idiom == "mla"]
