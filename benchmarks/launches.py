@@ -9,7 +9,8 @@ Launches are a count, no time; copies between buffers of the device are not amon
 
 Ways: `plain` is AOT's graph, run eagerly under `torch.npu.graph`; `npugraph_ex` and `torchair` are torch_npu's backends, torchair in its
 mode reduce-overhead; `npu_fusion E` is `backend="npu_fusion"` with executor E. Models: `demo` is the program of two Llama layers that
-the project's goals name (float16, 2 x 8 tokens, no cache); the others are tiny models of the tests' zoo. A decode step has a StaticCache.
+the project's goals name (float16, 2 x 8 tokens, no cache); `deepseek_w8a8` is a decode step of two layers of DeepSeek-V3's sizes, in int8;
+the others are tiny models of the tests' zoo. A decode step has a StaticCache.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 WAYS = ("plain", "npugraph_ex", "torchair", "npu_fusion graph", "npu_fusion npugraph_ex")
-MODELS = ("demo", "llama", "qwen3", "gemma", "phi3", "deepseek_v2", "qwen3_moe")
+MODELS = ("demo", "llama", "qwen3", "gemma", "phi3", "deepseek_v2", "qwen3_moe", "deepseek_w8a8")
+DECODE_ONLY = ("deepseek_w8a8",)
 PHASES = ("prefill", "decode")
 BATCH, SEQUENCE = 2, 8
 TIMEOUT = 600.0
@@ -65,8 +67,10 @@ class Outcome:
 def _model(name: str, attention: str) -> Any:
     import torch
 
-    from tests.models import zoo
+    from tests.models import deepseek_w8a8, zoo
 
+    if name == "deepseek_w8a8":
+        return deepseek_w8a8.build()
     if name != "demo":
         return zoo.build(name, torch.float16, attention)
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -87,8 +91,10 @@ def _model(name: str, attention: str) -> Any:
 def _inputs(model: Any, phase: str) -> dict[str, Any]:
     import torch
 
-    from tests.models import zoo
+    from tests.models import deepseek_w8a8, zoo
 
+    if isinstance(model, deepseek_w8a8.Decoder):
+        return deepseek_w8a8.inputs(model, BATCH)
     if phase == "decode":
         return zoo.decode_inputs(model, BATCH, SEQUENCE)
     tokens = torch.full((BATCH, SEQUENCE), zoo.FIRST_TOKEN, device=next(model.parameters()).device)
@@ -122,6 +128,8 @@ def capture(case: Case) -> None:
 
     npu: Any = torch.get_device_module("npu")
     model = _model(case.model, case.attention).to("npu")
+    if hasattr(model, "store_inputs_first"):
+        model.store_inputs_first()  # on the device, in its format
     inputs = _inputs(model, case.phase)
     compiled = _compiled(model, case.way)
     with torch.no_grad():
@@ -166,7 +174,7 @@ def measure(case: Case) -> Outcome:
 
 def cases(arguments: argparse.Namespace) -> Iterator[Case]:
     for model in arguments.model or MODELS:
-        for phase in arguments.phase or PHASES:
+        for phase in arguments.phase or (PHASES[1:] if model in DECODE_ONLY else PHASES):
             for attention in arguments.attention or (("sdpa", "eager") if model == "demo" else ("sdpa",)):
                 for way in arguments.way or WAYS:
                     yield Case(model, phase, attention, way)

@@ -17,6 +17,7 @@ from .pipeline import fuse
 from .record import GraphRecord, Site
 from .report import FusionReport, report
 from .rule import Call, GroupRule, Reject, Rule, register_rule, rule
+from .weight_storage import store_inputs_first
 
 _triton.load()
 register()
@@ -47,5 +48,6 @@ __all__ = [
     "reload_weights",
     "report",
     "rule",
+    "store_inputs_first",
     "torchair_config",
 ]

@@ -189,7 +189,10 @@ class _Matcher:
             match = Match(rule, root, dict(state.bindings), _visited(state), self.config, self.view, parts)
             rejected = rule.check(match) if rule.check is not None else None
             if rejected is None:
-                self._accept(match, rule.rewrite(match), _sites(rule, match, state.forms))
+                beside = rule.beside(match) if rule.beside is not None else ()
+                match.parts = tuple(dict.fromkeys((*parts, *(form.match for form in beside))))
+                match.visited = match.visited.union(*(form.match.visited for form in beside))
+                self._accept(match, rule.rewrite(match), _sites(rule, match, [*state.forms, *beside]))
                 return None
             state.failure = _keep_deepest(state.failure, rejected, root)
         return state.failure

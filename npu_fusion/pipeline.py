@@ -26,6 +26,7 @@ from .simplify import merge_equal
 from .torch_private import fake_mode_of, lazy_graph_module
 from .view import Value, View, build_view
 from .view.shapes import size_facts
+from .weight_storage import note_formats
 from .weights import merge_linears
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def fuse_graph(gm: GraphModule, config: FusionConfig, record: GraphRecord, real_
 
 def _fuse_graph(gm: GraphModule, config: FusionConfig, record: GraphRecord, real_inputs: Sequence[Any]) -> None:
     record.stages["aten"] = _snapshot(gm)
+    note_formats(gm, real_inputs)
     if real_inputs and config.merge_weights:
         with _timed(record, "weights"):
             record.weights = merge_linears(gm, real_inputs)

@@ -60,6 +60,9 @@ class Rule:
         check: soundness conditions that the pattern cannot say; None when the match is sound.
         hidden_launches: launches inside the ops that a match replaces of which the cost model knows nothing, such as the copy of an operand
             that an op wants in another order. Of two graphs with equally many launches the one that is spared more of these is taken.
+        beside: semantic forms of the match that the pattern cannot run through, as they stand beside its root and not before it: the match
+            absorbs them too.
+        starts_from: semantic ops whose forms `check` and `beside` look for, besides those in the pattern.
         gist: a smaller pattern that already betrays the author's intent. Where it matches and the rule does not, the report shows a miss
             of `gist_idiom` (the first of `idioms` by default). It binds the place under `site`.
     """
@@ -74,6 +77,8 @@ class Rule:
     gist: Pattern | None = None
     gist_idiom: str | None = None
     hidden_launches: int = 0
+    beside: Callable[[Match], Sequence[Form]] | None = None
+    starts_from: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.pattern.roots() is None:
@@ -91,8 +96,9 @@ class Rule:
 
     @cached_property
     def consumes(self) -> frozenset[str]:
-        """Semantic ops whose forms the pattern contains."""
-        return frozenset(name.removeprefix("form:") for name in self.pattern.footprint.operators if name.startswith("form:"))
+        """Semantic ops whose forms the rule starts from."""
+        found = frozenset(name.removeprefix("form:") for name in self.pattern.footprint.operators if name.startswith("form:"))
+        return found | self.starts_from
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import CodeType, FrameType
@@ -209,6 +210,24 @@ def unowned_npu_tensor(value: torch.Tensor) -> torch.Tensor:
 
     unowned: torch.Tensor = torch_npu._C._weak_ref_tensor(value)
     return unowned
+
+
+def npu_format_of(value: torch.Tensor) -> int:
+    """The number of the format in which a tensor of an NPU is stored."""
+    with without_fake():
+        return int(importlib.import_module("torch_npu").get_npu_format(value))
+
+
+def npu_tensor_in_format(value: torch.Tensor, format_: int) -> torch.Tensor:
+    """The tensor in a format that torch_npu does not make unless it is allowed to: it is, for this call."""
+    torch_npu = importlib.import_module("torch_npu")
+    before = torch_npu._C._npu_getOption("ALLOW_INTERNAL_FORMAT")
+    torch_npu._C._npu_setOption({"ALLOW_INTERNAL_FORMAT": "enable"})
+    try:
+        result: torch.Tensor = torch_npu.npu_format_cast(value, format_)
+    finally:
+        torch_npu._C._npu_setOption({"ALLOW_INTERNAL_FORMAT": "enable" if before in (b"enable", "enable") else "disable"})
+    return result
 
 
 def set_up_npu_compilers() -> None:

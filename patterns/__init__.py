@@ -12,6 +12,7 @@ from . import (
     matmul,  # noqa: F401
     mla,  # noqa: F401
     mla_absorbed,  # noqa: F401
+    mla_preprocess,  # noqa: F401
     moe,  # noqa: F401
     norm,  # noqa: F401
     norm_quant,  # noqa: F401

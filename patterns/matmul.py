@@ -126,7 +126,7 @@ def _operand_axes(site: Value) -> Axes | None:
     return {3: ("h", "m", "k"), 4: ("l", "h", "m", "k")}.get(site.ndim)
 
 
-def _weight(m: Match) -> Value | None:
+def weight_of_heads(m: Match) -> Value | None:
     """The weight [H, K, N], which a batch of operands shares."""
     weight, site = m["weight"], m["site"]
     shape = (*site.shape[-3:-2], m["operand"].shape[-1], site.shape[-1])
@@ -161,12 +161,12 @@ def check_bmm_transpose(m: Match) -> Reject | None:
     rows = product(m.root.shape[:-2])
     if known_equal(rows, 1):
         return Reject("there is one row only, whose transposition moves nothing", site)
-    return None if _weight(m) is not None else Reject("the matrices differ from batch to batch", m["weight"])
+    return None if weight_of_heads(m) is not None else Reject("the matrices differ from batch to batch", m["weight"])
 
 
 def rewrite_bmm_transpose(m: Match) -> Call:
     copied = any(node.target in _COPIES for node in m.view.nodes.get(m.root, ()))
-    return Call(bmm_transpose, {"x": _input(m), "weight": _weight(m), "row_major": copied}, [m.root])
+    return Call(bmm_transpose, {"x": _input(m), "weight": weight_of_heads(m), "row_major": copied}, [m.root])
 
 
 BMM_TRANSPOSE = Rule(

@@ -60,6 +60,13 @@ def _rows_are_heads(m: Match) -> bool:
     return inside and single and isinstance(root.shape[-2], int)
 
 
+def _same_rows(m: Match, query: Value) -> bool:
+    """Whether a query [B, rows, C], or [B, 1, rows, C], has the rows of a result in which the heads lie within the rows."""
+    root = m.root
+    rows = query.ndim in (3, 4) and known_equal(query.shape[0], root.shape[0]) and known_equal(query.shape[-2], root.shape[-2])
+    return rows and (query.ndim == 3 or known_equal(query.shape[1], 1)) and _rows_are_heads(m)
+
+
 def _heads_first(m: Match, x: Value) -> Value:
     """A query or result as [B, N, S, C]."""
     batch, rows, size = x.shape[0], x.shape[-2], x.shape[-1]
@@ -71,7 +78,7 @@ def _heads_first(m: Match, x: Value) -> Value:
 def _operands(m: Match) -> dict[str, Value] | Reject:
     """The arguments of `mla_attention` that are tensors."""
     canon, root = m.view.canon, m.root
-    if root.ndim not in (3, 4) or any(m[name].ndim != root.ndim for name in ("query", "query_rope")):
+    if root.ndim not in (3, 4) or any(m[name].ndim != root.ndim and not _same_rows(m, m[name]) for name in ("query", "query_rope")):
         return Reject("the products are not [batch, heads, length, size], or [batch, rows, size] of all heads", root)
     if not same_shape(m["softmax"].shape, (*root.shape[:-1], m["key_t"].shape[-1])) and not _rows_are_heads(m):
         return Reject("several tokens' heads lie within the rows of one product: only a step of one token is fused", root)

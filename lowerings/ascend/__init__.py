@@ -8,7 +8,7 @@
 - `emulation/` has CPU kernels of the ops, so that an Ascend lowering can be run, and its numbers tested, without an NPU.
 """
 
-from . import attention, cache, capture_facts, experts, glu, matmul, moe, norm, norm_rope_cache, quant, rope, weight_only
+from . import attention, cache, capture_facts, experts, glu, matmul, mla, moe, norm, norm_rope_cache, quant, rope, weight_only
 
 __all__ = [
     "attention",
@@ -17,6 +17,7 @@ __all__ = [
     "experts",
     "glu",
     "matmul",
+    "mla",
     "moe",
     "norm",
     "norm_rope_cache",

@@ -58,7 +58,7 @@ def scatter_pa_kv_cache(b: Builder, group: Sequence[RowWrite], npu: Npu) -> None
     """Keys and values in one launch: the cache as pages [prefix, length, 1, row], each row a token of one head; a fractal one as it is."""
     b.require(len(group) == 2, "there is no second cache that is written at the same places")
     key, value = group
-    slots = _slots(b, key)
+    slots = slots_of(b, key)
     tokens = b.val(slots).shape[0]
     for write in group:
         b.require(b.at_least(product((write.prefix, write.length)), tokens), "there may be more rows to write than the cache has")
@@ -76,7 +76,7 @@ def scatter_nd_update(b: Builder, group: Sequence[RowWrite], npu: Npu) -> None:
     """One tensor in one launch: the cache as rows [slots, row]."""
     (write,) = group
     b.require(not write.fractal, "the rows of the cache lie in pieces")
-    slots = _slots(b, write)
+    slots = slots_of(b, write)
     count = b.size(slots, 0)
     indices = b.emit(aten.view.default, slots, [count, 1])
     cache = b.emit(aten.view.default, write.cache, [-1, write.row])
@@ -86,7 +86,7 @@ def scatter_nd_update(b: Builder, group: Sequence[RowWrite], npu: Npu) -> None:
 # -------------------------------------------------------------------- slots
 
 
-def _slots(b: Builder, write: RowWrite) -> Node:
+def slots_of(b: Builder, write: RowWrite) -> Node:
     """For each row that is written its place among all rows of the cache: int32 [prefix * positions]."""
     prefix, length = write.prefix, write.length
     b.require(isinstance(length, int) and isinstance(write.row, int), "the sizes of the cache are symbolic")

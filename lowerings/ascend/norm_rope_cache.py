@@ -122,10 +122,10 @@ class _Written:
 
 
 def _written(b: Builder, write: RowWrite) -> _Written:
-    chain = list(_shapes_of(b, write.source))
+    chain = list(shapes_of(b, write.source))
     own = {*chain, write.node}
     read_elsewhere = any(user not in own for node in chain for user in node.users)
-    return _Written(write, chain[-1], read_elsewhere, _calls(chain))
+    return _Written(write, chain[-1], read_elsewhere, calls_of(chain))
 
 
 def _by_op(b: Builder, group: Sequence[RowWrite], *names: str) -> list[_Written]:
@@ -142,7 +142,7 @@ def _name(node: Node) -> str:
     return target._opname if isinstance(target, torch._ops.OpOverload) and target.namespace == "npu" else ""
 
 
-def _shapes_of(b: Builder, node: Node) -> Iterable[Node]:
+def shapes_of(b: Builder, node: Node) -> Iterable[Node]:
     """The node and what it is other shapes of, back to what was computed: all hold the same elements in the same order."""
     yield node
     while isinstance(source := node.args[0] if node.args else None, Node):
@@ -168,7 +168,7 @@ def _moves_nothing(b: Builder, node: Node, source: Node) -> bool:
     return longer == sorted(longer)
 
 
-def _calls(nodes: Iterable[Node]) -> frozenset[str]:
+def calls_of(nodes: Iterable[Node]) -> frozenset[str]:
     return frozenset().union(*(node.meta.get(CALLS, frozenset()) for node in nodes))
 
 
@@ -176,7 +176,7 @@ def _absorbed(b: Builder, results: dict[Node, Node], written: Sequence[_Written]
     """The op's results in the shapes of what they replace, and the calls whose work it does: of what is written and of other nodes."""
     instead = {old: b.reshape(new, [b.size(old, dim) for dim in range(b.val(old).dim())]) for old, new in results.items()}
     shapes = [shape for node in others for shape in (node, *node.users)]
-    return Absorbed(instead, frozenset().union(*(found.calls for found in written)) | _calls(shapes))
+    return Absorbed(instead, frozenset().union(*(found.calls for found in written)) | calls_of(shapes))
 
 
 # -------------------------------------------------------------------- parts of a projection
@@ -207,7 +207,7 @@ class _Part:
 
 def _part(b: Builder, node: Any) -> _Part | None:
     """What a node, seen in another shape, is part of."""
-    *_, node = _shapes_of(b, node)
+    *_, node = shapes_of(b, node)
     args: tuple[Any, ...] = tuple(node.args)
     if node.target is operator.getitem:
         return _of_split(b, *args)
@@ -269,7 +269,7 @@ def _keys_and_values(b: Builder, group: Sequence[RowWrite]) -> tuple[_Written, _
 
 def _norm(b: Builder, node: Any) -> Node | None:
     """The npu_rms_norm whose result a node is, in another shape."""
-    *_, made = _shapes_of(b, node)
+    *_, made = shapes_of(b, node)
     norm = made.args[0] if made.target is operator.getitem and made.args[1] == 0 else None
     return norm if isinstance(norm, Node) and _name(norm) == "npu_rms_norm" else None
 

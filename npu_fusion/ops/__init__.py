@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..semantic import SemanticOp, semantic_ops
-from . import attention, experts, glu, matmul, moe, norm, norm_quant, quant, rope, weight_only
+from . import attention, experts, glu, matmul, mla, moe, norm, norm_quant, quant, rope, weight_only
 
 __all__ = [
     "OpRow",
@@ -17,6 +17,7 @@ __all__ = [
     "experts",
     "glu",
     "matmul",
+    "mla",
     "moe",
     "norm",
     "norm_quant",

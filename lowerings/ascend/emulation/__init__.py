@@ -6,7 +6,21 @@ defaults, optional outputs, layouts. Every argument of a schema is honoured, or 
 Where torch_npu is not installed the ops' fake kernels are registered as well.
 """
 
-from . import attention, cache, experts, glu, kv_rmsnorm_rope_cache, matmul, moe, norm, qkv_rms_norm_rope_cache, quant, rope, weight_only
+from . import (
+    attention,
+    cache,
+    experts,
+    glu,
+    kv_rmsnorm_rope_cache,
+    matmul,
+    mla,
+    moe,
+    norm,
+    qkv_rms_norm_rope_cache,
+    quant,
+    rope,
+    weight_only,
+)
 from .registry import EmulationError, emulated_ops
 
 __all__ = [
@@ -18,6 +32,7 @@ __all__ = [
     "glu",
     "kv_rmsnorm_rope_cache",
     "matmul",
+    "mla",
     "moe",
     "norm",
     "qkv_rms_norm_rope_cache",
