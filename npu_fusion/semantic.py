@@ -61,6 +61,10 @@ class SemanticOp:
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", kernel, lib=_LIBRARY)
         return kernel
 
+    def differentiate(self, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+        """Register the gradient, as `torch.library.register_autograd` has it."""
+        torch.library.register_autograd(f"{NAMESPACE}::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.overload(*args, **kwargs)
 

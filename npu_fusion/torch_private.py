@@ -429,3 +429,20 @@ def current_inductor_passes(name: str) -> list[Callable[[Any], Any]]:
     if passes is None:
         return []
     return list(passes) if isinstance(passes, (list, tuple)) else [passes]
+
+
+# Process groups
+
+
+def process_group(name: str) -> Any:
+    """The process group of a name, as graphs refer to it. Raises where there is none."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def keep_in_graphs(op: Any) -> None:
+    """Let no pass over an FX graph drop a call of an op whose results nobody uses."""
+    from torch.fx.node import has_side_effect
+
+    has_side_effect(op)

@@ -1,0 +1,145 @@
+"""How rows get from rank to rank: what a transport does, which one a device has, and the one over all_to_all of equal blocks.
+
+A transport moves rows by a route (see `plan`): `send` to the ranks, `give_back` home again. Which one serves a call follows from the
+device of its tensors: `register_transport` is how the others (symmetric memory on CUDA) are found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import torch_private
+from ..errors import CollectiveError
+from . import plan
+
+
+@dataclass(frozen=True)
+class Group:
+    """A process group as the collectives see it."""
+
+    name: str
+    process_group: Any
+    rank: int
+    ranks: int
+
+    def global_rank(self, rank: int) -> int:
+        """The rank in the default group of a rank of this one."""
+        return int(dist.get_global_rank(self.process_group, rank))
+
+
+def resolve(name: str, ranks: int) -> Group:
+    """The group of a name.
+
+    Raises:
+        CollectiveError: there is no such group, or it has another number of ranks.
+    """
+    try:
+        group = torch_private.process_group(name)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CollectiveError(f"there is no process group {name!r} in this process: {error}") from error
+    found = Group(name, group, dist.get_rank(group), dist.get_world_size(group))
+    if found.ranks != ranks:
+        raise CollectiveError(f"process group {name!r} has {found.ranks} ranks, not {ranks}")
+    return found
+
+
+class Transport(Protocol):
+    """Moves rows between the ranks of a group. Every rank calls the same methods in the same order with the same `max_tokens`."""
+
+    def send(self, payload: Tensor, meta: Tensor, route: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
+        """Send rows out.
+
+        Args:
+            payload: [T, W], any dtype.
+            meta: [T, C] int32, C > 0: what goes with each row.
+            route: [T, K] int32, of `plan.route`.
+
+        Returns:
+            [R * M, W] and [R * M, C]: rows of rank r at `r * M`. A row that no token came to is 0, and its meta is -1.
+        """
+
+    def give_back(self, rows: Tensor, route: Tensor, max_tokens: int) -> Tensor:
+        """Send [R * M, W] rows back to where `send` brought them from, and add up those of each token: [T, W] in fp32 (fp64 for fp64)."""
+
+
+class AllToAll:
+    """`all_to_all_single` of equal blocks: gloo on CPUs, NCCL or HCCL elsewhere. Static, so that NCCL's can be captured."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def send(self, payload: Tensor, meta: Tensor, route: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
+        count = self.group.ranks * max_tokens
+        parts = [plan.pack(payload, route, count), plan.pack(meta, route, count, plan.NOWHERE)]
+        packed = torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
+        received = self._exchange(packed)
+        width = parts[0].shape[1] * payload.element_size()
+        return received[:, :width].contiguous().view(payload.dtype), received[:, width:].contiguous().view(meta.dtype)
+
+    def give_back(self, rows: Tensor, route: Tensor, max_tokens: int) -> Tensor:
+        return plan.reduce_rows(self._exchange(rows.contiguous()), route, None)
+
+    def _exchange(self, buffer: Tensor) -> Tensor:
+        """Block r of `buffer` [R * M, ...] to rank r."""
+        if buffer.device.type == "cpu":
+            self._check_equal(buffer)
+        received = torch.empty_like(buffer)
+        dist.all_to_all_single(received, buffer, group=self.group.process_group)
+        return received
+
+    def _check_equal(self, buffer: Tensor) -> None:
+        """Raise where ranks disagree on what is exchanged; unequal blocks would hang, or mix rows up."""
+        mine = torch.tensor([*buffer.shape, buffer.element_size()])
+        theirs = [torch.empty_like(mine) for _ in range(self.group.ranks)]
+        dist.all_gather(theirs, mine, group=self.group.process_group)
+        for rank, other in enumerate(theirs):
+            if not torch.equal(mine, other):
+                raise CollectiveError(
+                    f"rank {self.group.global_rank(rank)} exchanges rows [{other[0]}, {other[1]}] of {other[2]} bytes an element, "
+                    f"rank {self.group.global_rank(self.group.rank)} rows [{mine[0]}, {mine[1]}] of {mine[2]}: max_tokens must be the "
+                    "same on all ranks (give it, where ranks have unequal numbers of tokens)"
+                )
+
+
+class Alone:
+    """A group of one rank: rows stay where they are."""
+
+    def send(self, payload: Tensor, meta: Tensor, route: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
+        return plan.pack(payload, route, max_tokens), plan.pack(meta, route, max_tokens, plan.NOWHERE)
+
+    def give_back(self, rows: Tensor, route: Tensor, max_tokens: int) -> Tensor:
+        return plan.reduce_rows(rows, route, None)
+
+
+TransportMaker = Callable[[Group, torch.device], "Transport | None"]
+_MAKERS: dict[str, list[TransportMaker]] = {}
+_TRANSPORTS: dict[tuple[int, torch.device], tuple[Any, Transport]] = {}
+
+
+def register_transport(device_type: str, make: TransportMaker) -> None:
+    """Let `make` serve groups on a kind of device, before those registered earlier. It returns None on every rank, or on none."""
+    _MAKERS.setdefault(device_type, []).insert(0, make)
+
+
+def transport_of(group: Group, device: torch.device) -> Transport:
+    """The transport of a group on a device, made at its first use, upon which all ranks must call."""
+    if group.ranks == 1:
+        return Alone()
+    key = (id(group.process_group), device)
+    kept = _TRANSPORTS.get(key)
+    if kept is None or kept[0] is not group.process_group:
+        made = (make(group, device) for make in _MAKERS.get(device.type, ()))
+        transport: Transport = next((found for found in made if found is not None), AllToAll(group))
+        kept = _TRANSPORTS[key] = (group.process_group, transport)
+    return kept[1]
+
+
+def meta_words(parts: Sequence[Tensor]) -> Tensor:
+    """int32 and fp32 tensors [T, c] side by side, as [T, C] int32 of the same bits."""
+    return torch.cat([part.contiguous().view(torch.int32) for part in parts], dim=1)
