@@ -8,8 +8,9 @@
 `plan` has the index arithmetic, `transport` how rows are moved, `npu_fusion.ops.moe_collectives` the ops.
 """
 
+from ..errors import CollectiveError
 from .api import Dispatched, check, combine, dispatch, prepare
 from .parallel import expert_parallel
 from .plan import with_shared_experts
 
-__all__ = ["Dispatched", "check", "combine", "dispatch", "expert_parallel", "prepare", "with_shared_experts"]
+__all__ = ["CollectiveError", "Dispatched", "check", "combine", "dispatch", "expert_parallel", "prepare", "with_shared_experts"]
