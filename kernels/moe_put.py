@@ -9,9 +9,10 @@ in its own memory, in the upper 32 bits, and the number of rows put in the lower
 Two halves are enough: a rank writes a half again two calls later, after it has seen all flags of the call in between, which a peer raises
 after it has read the half (a stream runs one kernel after another).
 
-`state` [3] int32 lies in the device's memory: the number of calls, a count of programs that are done, and whether a wait ran out. A wait ends
-after `limit` nanoseconds. The number of the late rank, plus 1, goes to `status`, which lies in pinned memory of the host, so that the host
-reads it without waiting for the device. From then on no call waits, and results are NaN or absent: never stale rows.
+`state` [2] int32 lies in the device's memory: the number of calls, and a count of programs that are done. A wait ends after `limit`
+nanoseconds: then `broken` [1] int32, which all channels of a group share, becomes 1, and the number of the late rank, plus 1, goes to
+`status`, which lies in pinned memory of the host, so that the host reads it without waiting for the device. From then on no call waits, and
+results are NaN or absent: never stale rows.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ def _now():
 
 
 @triton.jit
-def _address(peers_ptr, rank, offset):
-    """Address of byte `offset` (a multiple of 16) of the channel's buffer on a rank."""
-    return tl.multiple_of(tl.load(peers_ptr + rank) + offset, 16)
+def _row(peers_ptr, rank, offset, ELEMENT: tl.constexpr):
+    """Pointer to byte `offset` (a multiple of 16, which lets it be read and written 16 bytes at a time) of the channel's buffer on a rank."""
+    return tl.multiple_of((tl.load(peers_ptr + rank) + offset).to(tl.pointer_type(ELEMENT)), 16)
 
 
 @triton.jit
@@ -44,10 +45,10 @@ def _flag(peers_ptr, rank, half, source, FLAGS: tl.constexpr, RANKS: tl.constexp
 
 
 @triton.jit
-def _wait(peers_ptr, state_ptr, status_ptr, epoch, source, me, limit, FLAGS: tl.constexpr, RANKS: tl.constexpr):
+def _wait(peers_ptr, broken_ptr, status_ptr, epoch, source, me, limit, FLAGS: tl.constexpr, RANKS: tl.constexpr):
     """The number of rows that `source` put in this call; -1 if it did not come in time, now or earlier."""
     flag = _flag(peers_ptr, me, epoch & 1, source, FLAGS, RANKS)
-    broken = tl.load(state_ptr + 2, volatile=True) != 0
+    broken = tl.load(broken_ptr, volatile=True) != 0
     start = _now()
     value = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
     late = broken
@@ -57,7 +58,7 @@ def _wait(peers_ptr, state_ptr, status_ptr, epoch, source, me, limit, FLAGS: tl.
     arrived = (value >> 32) == epoch
     if not arrived:
         if not broken:
-            tl.store(state_ptr + 2, 1)
+            tl.store(broken_ptr, 1)
             tl.store(status_ptr, source + 1)
     return tl.where(arrived & (not broken), (value & 0xFFFFFFFF).to(tl.int32), -1)
 
@@ -133,7 +134,7 @@ def put_kernel(
         half = (tl.load(state_ptr) + 1) & 1
         rank = row // max_tokens
         there = ((half * RANKS + me).to(tl.int64) * max_tokens + row % max_tokens) * (ROW * 4)
-        target = _address(peers_ptr, rank, there).to(tl.pointer_type(tl.int32))
+        target = _row(peers_ptr, rank, there, tl.int32)
         _copy_words(payload_ptr + token * WORDS, target, WORDS, BLOCK)
         if ids_ptr is not None:
             lane = tl.arange(0, LANES)
@@ -148,7 +149,7 @@ def put_kernel(
 
 @triton.jit
 def arrive_kernel(
-    counts_ptr, ids_ptr, weights_ptr, scales_ptr, came_ptr, peers_ptr, state_ptr, status_ptr, max_tokens, me, limit,
+    counts_ptr, ids_ptr, weights_ptr, scales_ptr, came_ptr, peers_ptr, state_ptr, broken_ptr, status_ptr, max_tokens, me, limit,
     K: tl.constexpr, RANKS: tl.constexpr, WORDS: tl.constexpr, META: tl.constexpr, LANES: tl.constexpr, FLAGS: tl.constexpr,
     ROWS: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
@@ -164,10 +165,10 @@ def arrive_kernel(
     if pid < RANKS:
         value = (epoch.to(tl.int64) << 32) | tl.load(counts_ptr + source).to(tl.int64)
         tl.atomic_xchg(_flag(peers_ptr, source, epoch & 1, me, FLAGS, RANKS), value, sem="release", scope="sys")
-    count = _wait(peers_ptr, state_ptr, status_ptr, epoch.to(tl.int64), source, me, limit, FLAGS, RANKS)
+    count = _wait(peers_ptr, broken_ptr, status_ptr, epoch.to(tl.int64), source, me, limit, FLAGS, RANKS)
     if ids_ptr is not None:
         ROW: tl.constexpr = WORDS + META
-        here = _address(peers_ptr, me, (half * RANKS + source) * max_tokens * (ROW * 4)).to(tl.pointer_type(tl.int32)) + WORDS
+        here = _row(peers_ptr, me, (half * RANKS + source) * max_tokens * (ROW * 4), tl.int32) + WORDS
         lane = tl.arange(0, LANES)
         for start in range(pid // RANKS * ROWS, max_tokens, TURNS * ROWS):
             row = start + tl.arange(0, ROWS)
@@ -185,7 +186,7 @@ def arrive_kernel(
     if pid < RANKS:
         tl.store(came_ptr + source, tl.maximum(count, 0))
         if pid == 0:
-            tl.store(came_ptr + RANKS, (epoch & 1).to(tl.int32))
+            tl.store(came_ptr + RANKS, epoch & 1)
     _finish(state_ptr, epoch)
 
 
@@ -244,7 +245,7 @@ def take_kernel(
     target = out_ptr + row.to(tl.int64) * WORDS
     if present:
         there = (half * RANKS * max_tokens + taken) * (ROW * 4)
-        _copy_words(_address(peers_ptr, me, there).to(tl.pointer_type(tl.int32)), target, WORDS, BLOCK)
+        _copy_words(_row(peers_ptr, me, there, tl.int32), target, WORDS, BLOCK)
     elif source_ptr is None:
         for start in tl.static_range(0, WORDS, BLOCK):
             at = start + tl.arange(0, BLOCK)
@@ -280,13 +281,13 @@ def reduce_put_kernel(
     if used:
         SIZE: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth // 8
         there = ((half * RANKS + me).to(tl.int64) * max_tokens + row % max_tokens) * (WIDTH * SIZE)
-        target = _address(peers_ptr, rank, there).to(tl.pointer_type(x_ptr.dtype.element_ty))
+        target = _row(peers_ptr, rank, there, x_ptr.dtype.element_ty)
         tl.store(target + at, total.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def sum_home_kernel(
-    y_ptr, route_ptr, peers_ptr, state_ptr, status_ptr, tokens, max_tokens, me, limit,
+    y_ptr, route_ptr, peers_ptr, state_ptr, broken_ptr, status_ptr, tokens, max_tokens, me, limit,
     K: tl.constexpr, RANKS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FLAGS: tl.constexpr, ELEMENT: tl.constexpr,
 ):  # fmt: skip
     """Raise the flags, wait for those of the peers, and add up the rows of each token in fp32: y [T, WIDTH], NaN if a peer was late.
@@ -298,24 +299,24 @@ def sum_home_kernel(
     epoch = tl.load(state_ptr) + 1
     half = (epoch & 1).to(tl.int64)
     if pid < RANKS:
-        value = epoch.to(tl.int64) << 32
+        value = epoch.to(tl.int64) << 32  # no row is counted: the route says what comes
         tl.atomic_xchg(_flag(peers_ptr, pid, epoch & 1, me, FLAGS, RANKS), value, sem="release", scope="sys")
         # Every rank waits for every other in every call, needed or not: the halves rely on it.
-        _wait(peers_ptr, state_ptr, status_ptr, epoch.to(tl.int64), pid, me, limit, FLAGS, RANKS)
+        _wait(peers_ptr, broken_ptr, status_ptr, epoch.to(tl.int64), pid, me, limit, FLAGS, RANKS)
     token = pid // COLUMNS
     if token < tokens:
         at = (pid % COLUMNS) * BLOCK + tl.arange(0, BLOCK)
         mask = at < WIDTH
         total = tl.zeros((BLOCK,), dtype=tl.float32)
-        whole = tl.load(state_ptr + 2, volatile=True) == 0
+        whole = tl.load(broken_ptr, volatile=True) == 0
         for k in tl.static_range(K):
             row = tl.load(route_ptr + token * K + k)
             if row >= 0:
-                if _wait(peers_ptr, state_ptr, status_ptr, epoch.to(tl.int64), row // max_tokens, me, limit, FLAGS, RANKS) < 0:
+                if _wait(peers_ptr, broken_ptr, status_ptr, epoch.to(tl.int64), row // max_tokens, me, limit, FLAGS, RANKS) < 0:
                     whole = False
                 SIZE: tl.constexpr = ELEMENT.primitive_bitwidth // 8
                 there = (half * RANKS * max_tokens + row) * (WIDTH * SIZE)
-                source = _address(peers_ptr, me, there).to(tl.pointer_type(ELEMENT))
+                source = _row(peers_ptr, me, there, ELEMENT)
                 total += tl.load(source + at, mask=mask, other=0.0).to(tl.float32)
         total = tl.where(whole, total, float("nan"))
         tl.store(y_ptr + token.to(tl.int64) * WIDTH + at, total.to(y_ptr.dtype.element_ty), mask=mask)
@@ -363,7 +364,9 @@ def arrive_launch(ranks: int, max_tokens: int, k: int, words: int, meta: int, fl
 def place_launch(choices: int, local_experts: int, k: int) -> Launch:
     """`place_kernel` for `choices` = N * k choices of received rows."""
     block = min(4096, max(128, power_of_2(choices)))
-    return Launch(place_kernel, local_experts + 1, {"K": k, "LOCAL": local_experts, "BLOCK": block}, {"num_warps": 8 if block > 1024 else 4})
+    return Launch(
+        place_kernel, local_experts + 1, {"K": k, "LOCAL": local_experts, "BLOCK": block}, {"num_warps": 8 if block > 1024 else 4}
+    )
 
 
 def take_launch(rows: int, local_experts: int, ranks: int, words: int, meta: int) -> Launch:

@@ -436,9 +436,9 @@ def current_inductor_passes(name: str) -> list[Callable[[Any], Any]]:
 
 def process_group(name: str) -> Any:
     """The process group of a name, as graphs refer to it. Raises where there is none."""
-    from torch.distributed.distributed_c10d import _resolve_process_group
+    from torch.distributed import distributed_c10d
 
-    return _resolve_process_group(name)  # type: ignore[arg-type]
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type,attr-defined]
 
 
 def keep_in_graphs(op: Any) -> None:

@@ -38,7 +38,7 @@ def group_name(group: Any) -> tuple[str, int]:
         from .. import torch_private
 
         return group, dist.get_world_size(torch_private.process_group(group))
-    found = group if group is not None else dist.group.WORLD
+    found: Any = group if group is not None else dist.group.WORLD
     return str(found.group_name), dist.get_world_size(found)
 
 

@@ -40,9 +40,7 @@ def _masks_choices() -> bool:
     return not str(torch.get_device_module("npu").get_device_name()).startswith("Ascend910B")
 
 
-def _choices(
-    ids: Tensor, experts: int, active: Tensor | None, placement: Tensor | None, rank: int
-) -> tuple[Tensor, Tensor | None]:
+def _choices(ids: Tensor, experts: int, active: Tensor | None, placement: Tensor | None, rank: int) -> tuple[Tensor, Tensor | None]:
     """Slots [T, K] as the ops want them, int32 without holes, and the mask of those that count."""
     if not _masks_choices():
         if active is not None and active.dim() == 2:

@@ -98,7 +98,8 @@ def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
     if self.moe_quant != "none":
         rows = (rows.float() * scales[:, None]).to(x.dtype)
     y = ops.moe_combine(_experts(self, rows, counts), top_k_index, top_k_weights, handle, **form)
-    return y.reshape(hidden_states.shape)
+    result: Tensor = y.reshape(hidden_states.shape)
+    return result
 
 
 def _experts(self: Any, rows: Tensor, counts: Tensor) -> Tensor:
@@ -112,7 +113,8 @@ def _experts(self: Any, rows: Tensor, counts: Tensor) -> Tensor:
     hidden = _grouped(self, first, rows, ends, expert)
     hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
     y = _grouped(self, "down_proj", hidden, ends, expert)
-    return self.post_expert_norm(y) if self.has_post_expert_norm else y
+    result: Tensor = self.post_expert_norm(y) if self.has_post_expert_norm else y
+    return result
 
 
 def _grouped(self: Any, name: str, rows: Tensor, ends: Tensor, expert: Tensor | None) -> Tensor:

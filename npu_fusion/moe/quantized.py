@@ -9,13 +9,13 @@ FORMATS: dict[str, tuple[torch.dtype, float]] = {"int8": (torch.int8, 127.0), "f
 """Names of 8-bit formats to the dtype and the largest value; `none` sends rows as they are."""
 
 
-def quantize_rows(x: Tensor, quant: str) -> tuple[Tensor, Tensor]:
-    """Rows [T, H] in a format, and their scales [T, 1] in fp32: x is about `row * scale`.
+def quantize_rows(x: Tensor, quant: str) -> tuple[Tensor, Tensor | None]:
+    """Rows [T, H] in a format, and their scales [T, 1] in fp32 (None for ones): x is about `row * scale`.
 
     The scale is absmax / largest (1 for a row of zeros), computed in fp32; int8 rounds half to even, fp8 as the cast does.
     """
     if quant == "none":
-        return x, torch.ones((x.shape[0], 1), dtype=torch.float32, device=x.device)
+        return x, None
     dtype, largest = FORMATS[quant]
     wide = x.float()
     most = wide.abs().amax(dim=1, keepdim=True)

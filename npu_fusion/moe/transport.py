@@ -6,9 +6,10 @@ device of its tensors: `register_transport` is how the others (symmetric memory 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import abc
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -49,9 +50,41 @@ def resolve(name: str, ranks: int) -> Group:
     return found
 
 
-class Transport(Protocol):
+class Handle(NamedTuple):
+    """What a combine has to know of its dispatch, and how the two ops keep it in one int32 tensor.
+
+    Attributes:
+        route: [T, K], of `plan.route`.
+        place: [R * M, K], of `plan.expand`.
+        weights: [R * M, K] fp32: the weights of received rows.
+    """
+
+    route: Tensor
+    place: Tensor
+    weights: Tensor
+
+    def packed(self) -> Tensor:
+        return torch.cat([self.route.flatten(), self.place.flatten(), self.weights.view(torch.int32).flatten()])
+
+    @staticmethod
+    def size(tokens: Any, top_k: Any, received: Any) -> Any:
+        return tokens * top_k + 2 * received * top_k
+
+    @staticmethod
+    def unpacked(handle: Tensor, tokens: int, top_k: int, received: int) -> Handle:
+        """Views of the parts of a packed handle."""
+        route, place, weights = handle.split([tokens * top_k, received * top_k, received * top_k])
+        rows = (received, top_k)
+        return Handle(route.view(tokens, top_k), place.view(rows), weights.view(torch.float32).view(rows))
+
+
+class Transport(abc.ABC):
     """Moves rows between the ranks of a group. Every rank calls the same methods in the same order with the same `max_tokens`."""
 
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    @abc.abstractmethod
     def send(self, payload: Tensor, meta: Tensor, route: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
         """Send rows out.
 
@@ -64,15 +97,47 @@ class Transport(Protocol):
             [R * M, W] and [R * M, C]: rows of rank r at `r * M`. A row that no token came to is 0, and its meta is -1.
         """
 
+    @abc.abstractmethod
     def give_back(self, rows: Tensor, route: Tensor, max_tokens: int) -> Tensor:
         """Send [R * M, W] rows back to where `send` brought them from, and add up those of each token: [T, W] in fp32 (fp64 for fp64)."""
 
+    def send_rows(self, payload: Tensor, route: Tensor, max_tokens: int) -> Tensor:
+        """`send` of rows alone."""
+        marks = torch.zeros((payload.shape[0], 1), dtype=torch.int32, device=payload.device)
+        return self.send(payload, marks, route, max_tokens)[0]
 
-class AllToAll:
+    def dispatch(
+        self, payload: Tensor, scales: Tensor | None, slots: Tensor, weights: Tensor, experts: int, max_tokens: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `moe_dispatch` returns.
+
+        Args:
+            payload: [T, H], as rows travel.
+            scales: [T, 1] fp32, or None for ones.
+            slots: [T, K] expert slots; outside [0, experts) for none.
+            weights: [T, K] floating point.
+        """
+        ranks, top_k, local = self.group.ranks, slots.shape[1], experts // self.group.ranks
+        slots = plan.physical_experts(slots, experts, None, None, self.group.rank)
+        route = plan.route(slots, ranks, local, max_tokens)
+        scales = torch.ones_like(weights[:, :1], dtype=torch.float32) if scales is None else scales
+        meta = torch.cat([part.contiguous().view(torch.int32) for part in (slots.to(torch.int32), weights.float(), scales)], dim=1)
+        rows, got = self.send(payload, meta, route, max_tokens)
+        choices = plan.local_choices(got[:, :top_k], self.group.rank, local)
+        expansion = plan.expand(choices, local, plan.expanded_rows(ranks, max_tokens, top_k, local))
+        got_weights = got[:, top_k : 2 * top_k].contiguous().view(torch.float32)
+        got_scales = got[:, -1].contiguous().view(torch.float32)
+        handle = Handle(route, expansion.place, torch.where(choices >= 0, got_weights, 0.0)).packed()
+        return rows[expansion.source], got_scales[expansion.source], expansion.counts, handle
+
+    def combine(self, x: Tensor, known: Handle, max_tokens: int) -> Tensor:
+        """What `moe_combine` returns, without shared experts and before the last cast."""
+        partial = plan.reduce_rows(x, known.place, known.weights).to(x.dtype)
+        return self.give_back(partial, known.route, max_tokens)
+
+
+class AllToAll(Transport):
     """`all_to_all_single` of equal blocks: gloo on CPUs, NCCL or HCCL elsewhere. Static, so that NCCL's can be captured."""
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
 
     def send(self, payload: Tensor, meta: Tensor, route: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
         count = self.group.ranks * max_tokens
@@ -107,7 +172,7 @@ class AllToAll:
                 )
 
 
-class Alone:
+class Alone(Transport):
     """A group of one rank: rows stay where they are."""
 
     def send(self, payload: Tensor, meta: Tensor, route: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
@@ -117,7 +182,7 @@ class Alone:
         return plan.reduce_rows(rows, route, None)
 
 
-TransportMaker = Callable[[Group, torch.device], "Transport | None"]
+TransportMaker = Callable[[Group, torch.device], Transport | None]
 _MAKERS: dict[str, list[TransportMaker]] = {}
 _TRANSPORTS: dict[tuple[int, torch.device], tuple[Any, Transport]] = {}
 
@@ -130,7 +195,7 @@ def register_transport(device_type: str, make: TransportMaker) -> None:
 def transport_of(group: Group, device: torch.device) -> Transport:
     """The transport of a group on a device, made at its first use, upon which all ranks must call."""
     if group.ranks == 1:
-        return Alone()
+        return Alone(group)
     key = (id(group.process_group), device)
     kept = _TRANSPORTS.get(key)
     if kept is None or kept[0] is not group.process_group:
@@ -140,6 +205,13 @@ def transport_of(group: Group, device: torch.device) -> Transport:
     return kept[1]
 
 
-def meta_words(parts: Sequence[Tensor]) -> Tensor:
-    """int32 and fp32 tensors [T, c] side by side, as [T, C] int32 of the same bits."""
-    return torch.cat([part.contiguous().view(torch.int32) for part in parts], dim=1)
+def _by_puts(group: Group, device: torch.device) -> Transport | None:
+    """Symmetric memory, where there is Triton to write to it."""
+    try:
+        from . import symmetric
+    except ImportError:
+        return None
+    return symmetric.make(group, device)
+
+
+register_transport("cuda", _by_puts)

@@ -9,45 +9,18 @@ the next layer's dispatch the combine's result. No pass over an FX graph drops o
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import torch_private
 from ..moe import ascend, plan, quantized
-from ..moe.transport import meta_words, resolve, transport_of
+from ..moe.transport import Handle, resolve, transport_of
 from ..semantic import SemanticOp, semantic_op
 from ._common import Size, check_choice, check_floating, check_index, check_rank, check_sizes, check_type, check_value
 
 _FAMILY = "moe"
-
-
-class Handle(NamedTuple):
-    """What a combine has to know of its dispatch, and how the two ops keep it in one int32 tensor.
-
-    Attributes:
-        route: [T, K], of `plan.route`.
-        place: [R * M, K], of `plan.expand`.
-        weights: [R * M, K] fp32: the weights of received rows.
-    """
-
-    route: Tensor
-    place: Tensor
-    weights: Tensor
-
-    def packed(self) -> Tensor:
-        return torch.cat([self.route.flatten(), self.place.flatten(), self.weights.view(torch.int32).flatten()])
-
-    @staticmethod
-    def size(tokens: Size, top_k: Size, received: Size) -> Size:
-        return tokens * top_k + 2 * received * top_k
-
-    @staticmethod
-    def unpacked(handle: Tensor, tokens: int, top_k: int, received: int) -> Handle:
-        route, place, weights = handle.split([tokens * top_k, received * top_k, received * top_k])
-        rows = (received, top_k)
-        return Handle(route.view(tokens, top_k), place.view(rows), weights.view(torch.float32).view(rows))
 
 
 def _check_layout(op: str, ranks: int, experts: int, tokens: Size, max_tokens: Size) -> None:
@@ -125,21 +98,13 @@ def moe_dispatch(
     """
     _check_dispatch(x, ids, weights, active, placement, ranks, experts, max_tokens, quant)
     members = resolve(group, ranks)
-    local = experts // ranks
     if x.device.type == "npu":
         return ascend.dispatch(x, ids, weights, members, experts, max_tokens, active, placement, quant)
-    slots = plan.physical_experts(ids, experts, active, placement, members.rank)
-    route = plan.route(slots, ranks, local, max_tokens)
-    sent, scale = quantized.quantize_rows(x, quant)
-    meta = meta_words([slots.to(torch.int32), weights.float(), scale])
-    rows, got = transport_of(members, x.device).send(sent, meta, route, max_tokens)
-    top_k = ids.shape[1]
-    choices = plan.local_choices(got[:, :top_k], members.rank, local)
-    expansion = plan.expand(choices, local, plan.expanded_rows(ranks, max_tokens, top_k, local))
-    got_weights = got[:, top_k : 2 * top_k].contiguous().view(torch.float32)
-    got_scale = got[:, -1].contiguous().view(torch.float32)
-    handle = Handle(route, expansion.place, torch.where(choices >= 0, got_weights, 0.0)).packed()
-    return rows[expansion.source], got_scale[expansion.source], expansion.counts, handle
+    slots = ids
+    if active is not None or placement is not None:
+        slots = plan.physical_experts(ids, experts, active, placement, members.rank)
+    sent, scales = quantized.quantize_rows(x.contiguous(), quant)
+    return transport_of(members, x.device).dispatch(sent, scales, slots.contiguous(), weights.contiguous(), experts, max_tokens)
 
 
 @moe_dispatch.fake
@@ -151,10 +116,7 @@ def _(
     (tokens, hidden), top_k, local = x.shape, ids.shape[1], experts // ranks
     rows = plan.expanded_rows(ranks, max_tokens, top_k, local)
     dtype = x.dtype if quant == "none" else quantized.FORMATS[quant][0]
-    if x.device.type == "npu":
-        size = ascend.handle_size(rows, ranks, experts)
-    else:
-        size = Handle.size(tokens, top_k, ranks * max_tokens)
+    size = ascend.handle_size(rows, ranks, experts) if x.device.type == "npu" else Handle.size(tokens, top_k, ranks * max_tokens)
     return (
         x.new_empty((rows, hidden), dtype=dtype),
         x.new_empty((rows,), dtype=torch.float32),
@@ -219,8 +181,7 @@ def moe_combine(
     if x.device.type == "npu":
         return ascend.combine(x, ids, weights, handle, members, experts, max_tokens, active, placement, shared)
     known = Handle.unpacked(handle, ids.shape[0], ids.shape[1], ranks * max_tokens)
-    partial = plan.reduce_rows(x, known.place, known.weights).to(x.dtype)
-    total = transport_of(members, x.device).give_back(partial, known.route, max_tokens)
+    total = transport_of(members, x.device).combine(x.contiguous(), known, max_tokens)
     if shared is not None:
         total = total + shared
     return total.to(x.dtype)
@@ -256,8 +217,7 @@ def moe_send_rows(x: Tensor, route: Tensor, *, group: str, ranks: int, max_token
     """
     check_floating("moe_send_rows", x=x)
     check_rank("moe_send_rows", 2, x=x, route=route)
-    marks = torch.zeros((x.shape[0], 1), dtype=torch.int32, device=x.device)
-    return transport_of(resolve(group, ranks), x.device).send(x.contiguous(), marks, route, max_tokens)[0]
+    return transport_of(resolve(group, ranks), x.device).send_rows(x.contiguous(), route, max_tokens)
 
 
 @moe_send_rows.fake
@@ -312,7 +272,7 @@ def _dispatch_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict
 def _dispatch_backward(ctx: Any, rows: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     """A token's gradient is the sum of those of all its rows."""
     form = ctx.form
-    known = Handle.unpacked(ctx.saved_tensors[0], *ctx.shape, form["ranks"] * form["max_tokens"])
+    known = Handle.unpacked(ctx.saved_tensors[0], ctx.shape[0], ctx.shape[1], form["ranks"] * form["max_tokens"])
     partial = plan.reduce_rows(rows, known.place, None).to(rows.dtype)
     return moe_return_rows(partial, known.route, **_same_group(form)), None, None, None, None
 

@@ -2,8 +2,8 @@
 
     tools/run -m tests.kernels.gpu_code [KERNEL...]
 
-A process of its own, because elsewhere in the tests Triton interprets. The kernels are those of tests/kernels/cases, planned for a GPU; a
-few cases of each, of different plans. Prints a JSON object a case.
+A process of its own, because elsewhere in the tests Triton interprets. The kernels are those of tests/kernels/cases and
+gpu_cases, planned for a GPU; a few cases of each, of different plans. Prints a JSON object a case.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_MEMORY = 227 * 1024  # of a program, on sm_90
 CASES = 2  # of a kernel
+FOLDERS = ("cases", "gpu_cases")  # what Ascend has as well, and what GPUs alone have
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def selected(only: Sequence[str]) -> Iterator[Any]:
 
     gpu = Device("cuda", cores=132, cube_cores=132)
     cases = []
-    for path in sorted((ROOT / "tests" / "kernels" / "cases").glob("*.py")):
-        module = importlib.import_module(f"tests.kernels.cases.{path.stem}")
+    for path in (path for folder in FOLDERS for path in sorted((ROOT / "tests" / "kernels" / folder).glob("*.py"))):
+        module = importlib.import_module(f"tests.kernels.{path.parent.name}.{path.stem}")
         module.DEVICE = gpu  # type: ignore[attr-defined]
         cases += module.cases()
     counts: Counter[str] = Counter()

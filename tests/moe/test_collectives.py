@@ -25,7 +25,9 @@ def two() -> Iterator[Ranks]:
     ranks.close()
 
 
-def scaled(x: Tensor, ids: Tensor, weights: Tensor, quant: str = "none", active: Tensor | None = None, placement: Tensor | None = None) -> Tensor:
+def scaled(
+    x: Tensor, ids: Tensor, weights: Tensor, quant: str = "none", active: Tensor | None = None, placement: Tensor | None = None
+) -> Tensor:
     """MoE whose expert in slot e multiplies by e + 1."""
     sent = moe.dispatch(x, ids, weights, EXPERTS, max_tokens=MOST, quant=quant, active=active, placement=placement)
     local = EXPERTS // dist.get_world_size()

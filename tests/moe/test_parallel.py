@@ -122,10 +122,9 @@ def test_four_ranks() -> None:
 
 
 def test_a_model_without_experts_is_an_error() -> None:
+    group = _group_of_one()
     with pytest.raises(npu_fusion.UnsupportedInputError, match="no modules of stacked experts"):
-        from npu_fusion.moe.parallel import expert_parallel
-
-        expert_parallel(torch.nn.Linear(2, 2), _group_of_one())
+        moe.expert_parallel(torch.nn.Linear(2, 2), group)
 
 
 def _group_of_one() -> str:

@@ -44,9 +44,7 @@ def check(ranks: int, experts: int, top_k: int, tokens: list[int], kind: str, se
         doubled = min(experts - logical, logical)
         placement[:doubled, 1] = slots[logical : logical + doubled]
         scale[placement[:doubled, 1]] = scale[placement[:doubled, 0]]
-    results = dispatch_and_combine(
-        xs, ids, weights, experts, max(tokens), expert_scale=scale, active=active, placement=placement
-    )
+    results = dispatch_and_combine(xs, ids, weights, experts, max(tokens), expert_scale=scale, active=active, placement=placement)
     for rank, result in enumerate(results):
         slots = plan.physical_experts(ids[rank], experts, active[rank], placement, rank)
         torch.testing.assert_close(result, dense(xs[rank], slots, weights[rank], scale))
