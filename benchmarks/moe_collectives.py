@@ -110,23 +110,20 @@ def step_replay(quick: bool) -> dict[str, Any]:
     from npu_fusion import moe
     from npu_fusion.errors import CollectiveError
 
+    small = inputs(7, 3, hidden=512)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         try:
-            x, ids, weights = (
-                torch.zeros(s, dtype=d, device="cuda")
-                for s, d in (((7, 512), torch.bfloat16), ((7, 8), torch.int64), ((7, 8), torch.float32))
-            )
-            moe.dispatch(x, ids, weights, EXPERTS, max_tokens=77)
+            moe.dispatch(*small, EXPERTS, max_tokens=77)
             refused = "NOT refused"
         except CollectiveError as found:
             refused = str(found)[:60]
     moe.prepare(max_tokens=SMALL, hidden=HIDDEN, top_k=TOP_K, device="cuda", timeout=20)
-    held = [t.clone() for t in inputs(SMALL, 3)]
-    layer(*held, SMALL)  # compiles
+    held = inputs(SMALL, 3)
+    layer(held[0], held[1], held[2], SMALL)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = layer(*held, SMALL)
+        result = layer(held[0], held[1], held[2], SMALL)
     replays, worst, differs = (100 if quick else 1000), 0.0, 0
     for replay in range(replays):
         new = inputs(SMALL, 10 + replay, ("random", "absent", "one")[replay % 3])
@@ -135,7 +132,7 @@ def step_replay(quick: bool) -> dict[str, Any]:
             target.copy_(value)
         graph.replay()
         if replay % 10 == 0:
-            again = layer(*held, SMALL)
+            again = layer(held[0], held[1], held[2], SMALL)
             differs += int(not torch.equal(again, result))
         worst = max(worst, error(result, expected(*new)))
     moe.check()
@@ -232,10 +229,10 @@ def step_speed(quick: bool) -> dict[str, Any]:
         peers = [int(n) for rank, n in enumerate(needs.tolist()) if rank != dist.get_rank()]
         for quant in ("none", "int8", "fp8") if tokens == SMALL else ("none",):
             moe.prepare(max_tokens=tokens, hidden=HIDDEN, top_k=TOP_K, device="cuda", quant=quant, timeout=20)
-            form = {"max_tokens": tokens, "quant": quant}
-            sent = moe.dispatch(x, ids, weights, EXPERTS, **form)
+            run = functools.partial(moe.dispatch, x, ids, weights, EXPERTS, max_tokens=tokens, quant=quant)
+            sent = run()
             rows = sent.rows if quant == "none" else sent.rows.to(torch.bfloat16)
-            dispatch = timed(functools.partial(moe.dispatch, x, ids, weights, EXPERTS, **form), calls)
+            dispatch = timed(run, calls)
             combine = timed(functools.partial(moe.combine, rows, sent), calls)
             size = 2 if quant == "none" else 1
             table.append({

@@ -35,7 +35,7 @@ def _now():
 
 @triton.jit
 def _row(peers_ptr, rank, offset, ELEMENT: tl.constexpr):
-    """Pointer to byte `offset` (a multiple of 16, which lets it be read and written 16 bytes at a time) of the channel's buffer on a rank."""
+    """Pointer to byte `offset` of the channel's buffer on a rank: a multiple of 16, so that 16 bytes are moved at a time."""
     return tl.multiple_of((tl.load(peers_ptr + rank) + offset).to(tl.pointer_type(ELEMENT)), 16)
 
 
@@ -206,7 +206,7 @@ def place_kernel(
             chosen = tl.load(ids_ptr + at, mask=at < choices, other=-1)
             before += tl.sum(((chosen >= first) & (chosen < slot)).to(tl.int32), axis=0)
             mine += tl.sum((chosen == slot).to(tl.int32), axis=0)
-        tl.store(counts_ptr + expert, mine.to(tl.int64))
+        tl.store(counts_ptr + expert, mine)
         if mine > 0:
             for start in range(0, choices, BLOCK):
                 at = start + tl.arange(0, BLOCK)

@@ -10,7 +10,8 @@
 
 from ..errors import CollectiveError
 from .api import Dispatched, check, combine, dispatch, prepare
+from .buffer import Buffer
 from .parallel import expert_parallel
 from .plan import with_shared_experts
 
-__all__ = ["CollectiveError", "Dispatched", "check", "combine", "dispatch", "expert_parallel", "prepare", "with_shared_experts"]
+__all__ = ["Buffer", "CollectiveError", "Dispatched", "check", "combine", "dispatch", "expert_parallel", "prepare", "with_shared_experts"]

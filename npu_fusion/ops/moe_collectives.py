@@ -66,7 +66,8 @@ def moe_dispatch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Bring each token to the ranks of the experts it chose, once to each rank, there in the order of the experts.
 
-    R ranks, L = experts / R local experts, M = max_tokens, and A = R * M * min(K, L).
+    Maths: row a is x[t], as it came from rank r, for each (expert, r, t, k) with `ids[t, k] = expert` of rank r, in that order. There are R
+    ranks, L = experts / R local experts, M = max_tokens, and A = R * M * min(K, L).
 
     Args:
         x: [T, H], T at most M; ranks may have unequal T.
@@ -155,9 +156,10 @@ def moe_combine(
     experts: int,
     max_tokens: int,
 ) -> Tensor:
-    """Bring the experts' results home, weighted and added up for each token: `y[t] = shared[t] + sum_k weights[t, k] * result(t, k)`.
+    """Bring the experts' results home, weighted and added up for each token.
 
-    A rank adds up its own experts' results for a token before they travel, so that one row travels back for each that came.
+    Maths: `y[t] = shared[t] + sum over k of weights[t, k] * result(t, k)`, where result(t, k) is the row of x that came of choice k. A
+    rank adds up its own experts' results for a token before they travel, so that one row travels back for each that came.
 
     Args:
         x: [A, H]: results of the rows of `moe_dispatch`, in their order; what stands past the sum of its counts is not read.
@@ -200,6 +202,8 @@ def _(
 def moe_send_rows(x: Tensor, route: Tensor, *, group: str, ranks: int, max_tokens: int) -> Tensor:
     """Send rows where a dispatch sent them: its movement by itself, and the backward of `moe_return_rows`.
 
+    Maths: row `r * M + i` of rank d's result is x[t] of rank r where a `route[t, k] = d * M + i` there, else 0.
+
     Args:
         x: [T, W], floating point.
         route: [T, K] int32: the send row of each choice that is a token's first with its rank, -1 for the others.
@@ -228,6 +232,8 @@ def _(x: Tensor, route: Tensor, *, group: str, ranks: int, max_tokens: Size) -> 
 @semantic_op(_FAMILY, "(Tensor x, Tensor route, *, str group, int ranks, SymInt max_tokens) -> Tensor")
 def moe_return_rows(x: Tensor, route: Tensor, *, group: str, ranks: int, max_tokens: int) -> Tensor:
     """Send rows home and add up those of each token: a combine's movement by itself, and the backward of `moe_send_rows`.
+
+    Maths: `y[t] = sum over k with route[t, k] = d * M + i of x[r * M + i] of rank d`, on rank r.
 
     Args:
         x: [R * M, W], floating point, rows as `moe_send_rows` brings them.

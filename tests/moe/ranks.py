@@ -1,4 +1,4 @@
-"""Runs a function on several gloo processes of one machine, made once for all tests of a file."""
+"""Runs functions on several gloo processes of one machine, which are forks of one that has imported what they need."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+_IMPORTED_ONCE = (
+    "npu_fusion",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss")),
+)
+
 
 def _serve(rank: int, ranks: int, port: int, inbox: Any, outbox: Any) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    import npu_fusion  # noqa: F401  the ops
-
     while (job := inbox.get()) is not None:
         function, args = job
         torch.manual_seed(0)
@@ -39,7 +42,8 @@ class Ranks:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(list(_IMPORTED_ONCE))
         self._outbox = context.Queue()
         self._inboxes = [context.Queue() for _ in range(ranks)]
         self._processes = [

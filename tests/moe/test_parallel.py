@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from npu_fusion import moe
 
 from .ranks import Ranks
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("moe_parallel")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("moe")]
 
 _SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
           "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
@@ -86,13 +85,6 @@ def placed() -> None:
         torch.testing.assert_close(shared(ids).logits, alone(ids).logits, rtol=1e-3, atol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
 @pytest.mark.parametrize("name", ["qwen3", "mixtral", "deepseek", "gpt_oss"])
 def test_two_ranks(two: Ranks, name: str) -> None:
     two.run(same_as_alone, name, torch.float32, None, False, 16)
@@ -112,13 +104,9 @@ def test_placement(two: Ranks) -> None:
     two.run(placed)
 
 
-def test_four_ranks() -> None:
-    ranks = Ranks(4)
-    try:
-        ranks.run(same_as_alone, "mixtral", torch.float32, None, False, 16)
-        ranks.run(same_as_alone, "qwen3", torch.float32, None, True, None)
-    finally:
-        ranks.close()
+def test_four_ranks(four: Ranks) -> None:
+    four.run(same_as_alone, "mixtral", torch.float32, None, False, 16)
+    four.run(same_as_alone, "qwen3", torch.float32, None, True, None)
 
 
 def test_a_model_without_experts_is_an_error() -> None:

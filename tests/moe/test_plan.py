@@ -61,8 +61,10 @@ def test_equals_dense_sum(data: st.DataObject) -> None:
     check(ranks, experts, top_k, tokens, kind, data.draw(st.integers(0, 1000)), data.draw(st.sampled_from([0, 1])))
 
 
-@pytest.mark.parametrize("experts", [256, 512])
-@pytest.mark.parametrize("ranks", [2, 4, 8, 16, 32, 64, 128, 144, 160])
+_SMALLER = [(ranks, experts) for ranks in (2, 4, 8, 16, 32) for experts in (256, 512)]
+
+
+@pytest.mark.parametrize(("ranks", "experts"), [*_SMALLER, (64, 512), (128, 256), (144, 512), (160, 256)])
 def test_many_ranks(ranks: int, experts: int) -> None:
     """256 or 512 experts, in as many slots as the ranks can share equally."""
     slots = -(-experts // ranks) * ranks

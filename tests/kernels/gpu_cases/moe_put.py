@@ -48,7 +48,8 @@ def _cases(tokens: int, ranks: int, hidden: int, k: int, experts: int, quantised
         )  # fmt: skip
     yield Case(
         f"place {name}", kernels.place_launch(received * k, local, k),
-        {**dict.fromkeys(("ids_ptr", "place_ptr", "source_ptr"), "*i32"), "counts_ptr": "*i64", "choices": "i32", "rows": "i32", "first": "i32"},
+        {**dict.fromkeys(("ids_ptr", "place_ptr", "source_ptr"), "*i32"), "counts_ptr": "*i64",
+         **dict.fromkeys(("choices", "rows", "first"), "i32")},
     )  # fmt: skip
     yield Case(
         f"sum_home {name}", kernels.sum_home_launch(tokens, k, ranks, hidden, 2**20, tl.bfloat16, DEVICE),
