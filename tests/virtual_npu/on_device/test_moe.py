@@ -48,8 +48,9 @@ def test_a_layer_is_captured(quant: str, traced: Callable[[], Trace]) -> None:
             compiled(*inputs(), quant)
     [captured] = traced().captured
     assert captured.replays == 3
-    assert captured.launches["aclnnMoeDistributeDispatchV2"] == 1
-    assert captured.launches["aclnnMoeDistributeCombineV2"] == 1
+    # torch_npu takes the newest version that CANN has.
+    launches = [name[: len(name) - 2] for name in captured.launches.elements() if name.startswith("aclnnMoe")]
+    assert launches == ["aclnnMoeDistributeDispatch", "aclnnMoeDistributeCombine"]
 
 
 @pytest.mark.parametrize("quant", ["none", "int8"])
