@@ -213,9 +213,12 @@ def moe_gating_launch(
     lanes = power_of_2(groups) * power_of_2(members)
     if device.kind == "npu":
         tile_rows, options = max(1, min(1024 // lanes, 32)), {}
-    else:  # a warp a row: what it reduces over stays within it
-        tile_rows = 1 if device.kind == "cuda" and rows <= 32 * device.cores else 4
-        options = {"num_warps": tile_rows}
+    elif device.kind == "cuda":
+        # A warp a row. With several rows Triton may deal a warp's lanes out to rows and experts in turns, and Triton 3.6 then reduces over
+        # the wrong lanes (triton-lang/triton#9219).
+        tile_rows, options = 1, {"num_warps": 1}
+    else:
+        tile_rows, options = 4, {}
     constants = {
         "GROUPS": groups,
         "MEMBERS": members,

@@ -103,7 +103,7 @@ def glu_launch(
     longest = min(power_of_2(width), elements)
     block = dividing_block(width, min(256, longest), longest)
     tile_rows = min(elements // block, power_of_2(rows))
-    options = {} if device.kind == "npu" else {"num_warps": max(1, tile_rows * block // 512)}
+    options = {} if device.kind == "npu" else {"num_warps": max(1, tile_rows * block // 256)}
     constants = {"WIDTH": width, "ROWS": tile_rows, "BLOCK": block, "LAYOUT": layout, "ACTIVATION": activation, "ROUND": dtype_of(round_to)}
     return Launch(glu_kernel, vector_grid(-(-rows // tile_rows) * -(-width // block), device), constants, options)
 

@@ -51,6 +51,11 @@ def vector_grid(tiles: int, device: Device) -> int:
     return max(1, min(tiles, device.cores if device.kind == "npu" else MOST_PROGRAMS[device.kind]))
 
 
+def takes_turns(device: Device) -> bool:
+    """Whether programs may have several tiles (`turns_end` of tile.py), or one each."""
+    return device.kind == "npu"
+
+
 def cube_grid(tiles: int, device: Device) -> int:
     """Programs for tiles that are matrix products."""
     return max(1, min(tiles, device.cube_cores if device.kind == "npu" else MOST_PROGRAMS[device.kind]))

@@ -34,6 +34,19 @@ def to_nearest(x):
 
 
 @triton.jit
+def nearest_int8(x, BITS: tl.constexpr):
+    """The nearest integers, halves to even, of numbers within [-128.5, 127.5), as int8. What is not finite becomes some number.
+
+    BITS takes the last bits of the sum as they are, for a GPU: its conversions take long.
+    """
+    if BITS:
+        q = (x + _TO_NEAREST).to(tl.int32, bitcast=True).to(tl.int8)
+    else:
+        q = to_nearest(x).to(tl.int8)
+    return q
+
+
+@triton.jit
 def silu(x):
     return x * tl.sigmoid(x)
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .launch import Device, Launch, power_of_2, vector_grid
 from .norm import row_tiles
-from .numeric import to_nearest
+from .numeric import nearest_int8, to_nearest
 from .tile import load_tile, load_vector, store_tile
 
 LARGEST: tl.constexpr = tl.constexpr(127.0)
@@ -68,16 +68,33 @@ def to_int8_range(x, LOWEST: tl.constexpr):
 
 
 @triton.jit
-def store_int8(ptr, q, row, rows, column, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Store a tile of whole numbers in a contiguous int8 matrix. One row is a vector: an NPU pads each row of an int8 tile to many."""
+def symmetric_int8(x, BITS: tl.constexpr):
+    """The nearest whole numbers of a tile in units of what `symmetric_scale` gives, which are at most a last bit beyond 127."""
+    if BITS:
+        x = tl.minimum(x, LARGEST)  # a product that is rounded before something is added to it
+    else:
+        x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+    return nearest_int8(x, BITS)
+
+
+@triton.jit
+def store_int8(ptr, q, row, rows, column, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr = False):
+    """Store a tile of whole numbers in a contiguous int8 matrix.
+
+    One row is a vector on an NPU, which pads each row of an int8 tile to many. On a GPU (BITS) a thread stores the 8 elements that it
+    loaded, as 16 bytes, side by side; for 16 the compiler would exchange them between threads.
+    """
     if ROWS == 1:
-        at = column + tl.arange(0, BLOCK)
-        vector = tl.reshape(q, (BLOCK,)).to(tl.int8)
         ptr += row.to(tl.int64) * WIDTH
-        if WIDTH % BLOCK == 0:
-            tl.store(ptr + at, vector)
+        if BITS:
+            at = column + tl.max_contiguous(tl.arange(0, BLOCK), 8)[None, :]
         else:
-            tl.store(ptr + at, vector, mask=at < WIDTH)
+            at = column + tl.arange(0, BLOCK)
+            q = tl.reshape(q, (BLOCK,))
+        if WIDTH % BLOCK == 0:
+            tl.store(ptr + at, q.to(tl.int8))
+        else:
+            tl.store(ptr + at, q.to(tl.int8), mask=at < WIDTH)
     else:
         store_tile(ptr, q, WIDTH, row, rows, column, WIDTH, ROWS, BLOCK)
 
@@ -116,6 +133,7 @@ def dynamic_quantize_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     DIVIDE: tl.constexpr,
+    BITS: tl.constexpr,
 ):
     """scale = max(|x * smooth|) / 127 of each row, but at least `least`; q = round(x * smooth / scale)."""
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
@@ -123,7 +141,7 @@ def dynamic_quantize_kernel(
         if BLOCK >= HIDDEN:
             x = _smoothed(x_ptr, smooth_ptr, x_stride, row, rows, 0, HIDDEN, ROWS, BLOCK)
             scale = symmetric_scale(tl.max(magnitude(x), axis=1), least)
-            store_int8(q_ptr, to_int8_range(scaled(x, scale, DIVIDE), -127.0), row, rows, 0, HIDDEN, ROWS, BLOCK)
+            store_int8(q_ptr, symmetric_int8(scaled(x, scale, DIVIDE), BITS), row, rows, 0, HIDDEN, ROWS, BLOCK, BITS)
         else:
             largest = tl.zeros((ROWS, BLOCK), dtype=tl.int32)
             for column in range(0, HIDDEN, BLOCK):
@@ -132,7 +150,7 @@ def dynamic_quantize_kernel(
             scale = symmetric_scale(tl.max(largest, axis=1), least)
             for column in range(0, HIDDEN, BLOCK):
                 x = _smoothed(x_ptr, smooth_ptr, x_stride, row, rows, column, HIDDEN, ROWS, BLOCK)
-                store_int8(q_ptr, to_int8_range(scaled(x, scale, DIVIDE), -127.0), row, rows, column, HIDDEN, ROWS, BLOCK)
+                store_int8(q_ptr, symmetric_int8(scaled(x, scale, DIVIDE), BITS), row, rows, column, HIDDEN, ROWS, BLOCK, BITS)
         store_of_rows(scale_ptr, scale, row, rows, ROWS)
 
 
@@ -344,9 +362,11 @@ def dequantize_kernel(
 # -------------------------------------------------------------------- plans
 
 
-def int8_tiles(rows: int, hidden: int, device: Device, *, whole: int, chunk: int) -> tuple[int, dict[str, int], dict[str, int]]:
+def int8_tiles(
+    rows: int, hidden: int, device: Device, *, whole: int, chunk: int, held: int = 16
+) -> tuple[int, dict[str, int], dict[str, int]]:
     """`row_tiles` for int8 results: on an NPU a tile has one row, or at least the 32 to which its rows would be padded."""
-    grid, tile, options = row_tiles(rows, hidden, device, whole=whole, chunk=chunk)
+    grid, tile, options = row_tiles(rows, hidden, device, whole=whole, chunk=chunk, held=held)
     if device.kind == "npu" and tile["ROWS"] < 32:
         grid, tile = vector_grid(rows, device), {**tile, "ROWS": 1}
     return grid, tile, options
@@ -360,8 +380,9 @@ def dynamic_quantize_launch(rows: int, hidden: int, device: Device, *, smooth: b
         divide: divides by the scale instead of multiplying by its reciprocal.
     """
     block = 2048 if smooth else 4096
-    grid, tile, options = int8_tiles(rows, hidden, device, whole=block, chunk=block)
-    return Launch(dynamic_quantize_kernel, grid, {"HIDDEN": hidden, **tile, "DIVIDE": divide}, options)
+    # Warps wait for the largest magnitude, and again where results change threads to be stored side by side.
+    grid, tile, options = int8_tiles(rows, hidden, device, whole=block, chunk=block, held=32)
+    return Launch(dynamic_quantize_kernel, grid, {"HIDDEN": hidden, **tile, "DIVIDE": divide, "BITS": device.kind != "npu"}, options)
 
 
 def asymmetric_quantize_launch(

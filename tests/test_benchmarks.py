@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,6 +17,17 @@ NARROWEST = {subject.name.split()[0]: subject for subject in reversed(SUBJECTS)}
 @pytest.mark.parametrize("subject", NARROWEST.values(), ids=NARROWEST)
 def test_plain_and_ours_agree(subject: Subject) -> None:
     assert agrees(subject, subject.inputs(2, "cuda" if torch.cuda.is_available() else "cpu"), cores=4)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "dynamic_quantize", "w4a16"])
+def test_what_is_wrong_does_not_agree(name: str) -> None:
+    subject = NARROWEST[name]
+
+    def wrong(*inputs: Any, cores: int) -> Any:
+        first, *others = tensors_in(subject.ours(*inputs, cores=cores))
+        return first + 2 * (torch.arange(first.numel(), device=first.device).view_as(first) % 2 == 0).to(first.dtype), *others
+
+    assert not agrees(dataclasses.replace(subject, ours=wrong), subject.inputs(2, "cuda" if torch.cuda.is_available() else "cpu"), cores=4)
 
 
 def test_names_are_unique() -> None:

@@ -52,8 +52,7 @@ def w4a16_linear(
     """y = x W + bias with W[k, n] = (q[k, n] - zeros[k // group_size, n]) * scales[k // group_size, n], in one launch; contiguous result.
 
     Up to 8 rows (2 on a GPU), and wherever rows have experts, vectors compute it (`w4a16_gemv_kernel`), else products
-    (`w4a16_gemm_kernel`); on a GPU products of another kind up to 32 rows, if a group has 128 inputs (`w4a16_narrow_kernel`). The shape
-    decides.
+    (`w4a16_gemm_kernel`); on a GPU from 2 to 32 rows those of kernels/w4a16_products.py, if a group has 128 inputs. The shape decides.
 
     Args:
         x: [..., K], fp16 or bf16; rows may lie apart evenly, what lies otherwise is copied first. With `expert_ids` [T, K] or [T, S, K].
@@ -92,8 +91,10 @@ def w4a16_linear(
     device = Device(x.device.type, cores, matrix_cores)
     weights = {"words_ptr": words, "scales_ptr": scales, "zeros_ptr": zeros, "bias_ptr": bias}
     tensors = {name: tensor if tensor is None else tensor.contiguous() for name, tensor in weights.items()}
-    if expert_ids is None and kernels.is_narrow(rows, inputs, group, device):
-        plan = kernels.w4a16_narrow_launch(rows, inputs, outputs, group, device)
+    if expert_ids is None and kernels.takes_products(rows, inputs, group, device):
+        from ...kernels.w4a16_products import w4a16_products_launch  # Gluon, which there is beside a GPU alone
+
+        plan = w4a16_products_launch(rows, inputs, outputs, group, device)
         launch(plan, x, x_ptr=xs, **tensors, y_ptr=y, rows=rows, x_stride=xs.stride(0))
         return y
     if expert_ids is None and rows > kernels.most_gemv_rows(device):

@@ -17,6 +17,8 @@ def _poisoned_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the float64 references of one test take gigabytes, which other processes on this GPU need
 
 
 @pytest.fixture

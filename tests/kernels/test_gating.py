@@ -14,6 +14,8 @@ from tests.ops.checks import check_op
 
 pytest.importorskip("triton")
 load()
+from npu_fusion.kernels.gating import moe_gating_launch  # noqa: E402
+from npu_fusion.kernels.launch import Device  # noqa: E402
 from npu_fusion.lowerings.triton.gating import moe_gating  # noqa: E402
 
 CORES = 4
@@ -241,6 +243,12 @@ def test_arguments_that_do_not_fit(changes: dict[str, Any], error: type[Exceptio
 def test_every_option_is_documented() -> None:
     parameters = set(inspect.signature(moe_gating).parameters) - {"logits", "k"}
     assert all(name in moe_gating.doc for name in parameters)
+
+
+@pytest.mark.parametrize("rows", [1, 4096, 65537])
+def test_on_a_gpu_a_row_has_a_warp_of_its_own(rows: int) -> None:
+    plan = moe_gating_launch(rows, 64, 8, Device("cuda", 4, 4), groups=8, top_groups=4)
+    assert (plan.grid, plan.constants["ROWS"], plan.options) == (rows, 1, {"num_warps": 1})
 
 
 @pytest.mark.gpu

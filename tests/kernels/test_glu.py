@@ -151,7 +151,7 @@ def test_plans_fill_the_gpu() -> None:
     for rows, width in ((1, 18432), (16, 8192), (64, 2048)):
         assert glu_launch(rows, width, h100).grid >= min(132, rows * width // 256), (rows, width)
     many = glu_launch(4096, 18432, h100)
-    assert (many.constants["BLOCK"], many.options["num_warps"], many.grid) == (2048, 4, 4096 * 9)
+    assert (many.constants["BLOCK"], many.options["num_warps"], many.grid) == (2048, 8, 4096 * 9)
     short = glu_launch(4096, 768, h100)
     assert short.constants["ROWS"] * short.constants["BLOCK"] == 2048
 

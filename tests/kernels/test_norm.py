@@ -298,6 +298,15 @@ def test_on_a_gpu_a_row_is_a_program_and_stays_in_registers() -> None:
         assert plan.constants["BLOCK"] * plan.constants["ROWS"] / (32 * plan.options["num_warps"]) <= 64
 
 
+def test_rows_enough_to_fill_a_gpu_take_fewer_warps_each() -> None:
+    def warps(rows: int, hidden: int, held: int) -> int:
+        return row_tiles(rows, hidden, GPU, whole=4096, chunk=4096, held=held)[2]["num_warps"]
+
+    assert [warps(4096, hidden, 32) for hidden in (1024, 2048, 4096, 7168, 16384)] == [2, 4, 4, 8, 16]
+    assert [warps(4096, hidden, 16) for hidden in (1024, 2048, 4096, 7168, 16384)] == [2, 4, 8, 16, 16]
+    assert warps(64, 7168, 32) == warps(64, 7168, 16) == 16
+
+
 def test_a_row_that_registers_do_not_hold_is_walked() -> None:
     _, tile, _ = row_tiles(8, 40960, GPU, whole=4096, chunk=4096)
     assert tile == {"ROWS": 1, "BLOCK": 8192}

@@ -245,7 +245,7 @@ def test_an_awq_layer_as_it_is_stored(device: str) -> None:
 # -------------------------------------------------------------------- plans
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 11, 16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 11])
 def test_the_plans_of_another_device_compute_the_same(device: str, rows: int) -> None:
     """Tiles of an NPU, and few programs that take turns."""
     of = layer(256, 72, 128, FP16, device, bias=True)
@@ -253,9 +253,7 @@ def test_the_plans_of_another_device_compute_the_same(device: str, rows: int) ->
     y = torch.full((rows, 72), torch.nan, device=device, dtype=FP16)
     npu = Device("npu", 3, 2)
     arguments = {"x_ptr": x, "words_ptr": of.words, "scales_ptr": of.scales, "zeros_ptr": of.zeros, "bias_ptr": of.bias, "y_ptr": y}
-    if rows == 16:
-        launch(kernels.w4a16_narrow_launch(rows, 256, 72, 128, npu), x, **arguments, rows=rows, x_stride=256)
-    elif rows > 8:
+    if rows > 8:
         launch(kernels.w4a16_gemm_launch(rows, 256, 72, 128, npu), x, **arguments, rows=rows, x_stride=256)
     else:
         plan = kernels.w4a16_gemv_launch(rows, 256, 72, 128, npu)
@@ -270,7 +268,8 @@ SHAPES = [(2048, 1536), (768, 2048), (4096, 4096), (5120, 13824), (7168, 18432),
 
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
 @pytest.mark.parametrize("group_size", [32, 64, 128, 384, -1])
-def test_a_step_lies_in_one_group_or_holds_whole_ones(inputs: int, outputs: int, group_size: int) -> None:
+def test_steps_of_vectors(inputs: int, outputs: int, group_size: int) -> None:
+    """A step is of whole planes; on an NPU it lies in one group or holds whole ones, and the last ends where the inputs end."""
     group = inputs if group_size == -1 else group_size
     if inputs % group:
         return
@@ -278,39 +277,63 @@ def test_a_step_lies_in_one_group_or_holds_whole_ones(inputs: int, outputs: int,
         for rows in (1, 2, 5, 8):
             plan = kernels.w4a16_gemv_launch(rows, inputs, outputs, group, device)
             words, plane = plan.constants["WORDS"], plan.constants["PLANE"]
-            assert inputs // 8 % words == 0
-            assert group % (8 * words) == 0 or 8 * words % group == 0
             assert words % plane == 0
             assert group % (8 * plane) == 0
-            assert 1 <= plan.grid <= 65535 or device is H100
-            assert plan.constants["TOKENS"] >= rows or device is H100
+            if device is A2:
+                assert inputs // 8 % (words * plan.constants["AHEAD"]) == 0
+                assert group % (8 * words) == 0 or 8 * words % group == 0
+                assert 1 <= plan.grid <= 65535
+                assert plan.constants["TOKENS"] >= rows
 
 
 def test_a_gpu_is_full() -> None:
     for inputs, outputs in ((4096, 4096), (2048, 2048), (7168, 18432)):
         plan = kernels.w4a16_gemv_launch(1, inputs, outputs, 128, H100)
         assert plan.grid >= 120, (inputs, outputs)
-        assert kernels.w4a16_narrow_launch(16, inputs, outputs, 128, H100).grid >= 120, (inputs, outputs)
         assert kernels.w4a16_gemm_launch(64, inputs, outputs, 128, H100).grid >= 64
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
-@pytest.mark.parametrize("rows", [1, 16, 17, 32])
-def test_what_a_narrow_product_has_under_way_fits_shared_memory(inputs: int, outputs: int, rows: int) -> None:
-    if kernels.is_narrow(rows, inputs, inputs, H100):
-        plan = kernels.w4a16_narrow_launch(rows, inputs, outputs, 128, H100)
-        size = {name: plan.constants[name] for name in ("SPLIT", "ROWS", "BLOCK", "STAGES")}
-        words, x = 16 * size["BLOCK"] * 4, 8 * 16 * size["ROWS"] * 2
-        assert rows <= size["ROWS"]
-        assert (size["STAGES"] - 1) * size["SPLIT"] * (words + x) <= 200 * 1024
-        assert size["SPLIT"] == plan.options["num_warps"]
+def test_which_rows_take_products_of_a_gpu() -> None:
+    assert all(kernels.takes_products(rows, 4096, group, H100) for rows in (2, 32) for group in (128, 4096))
+    assert not kernels.takes_products(33, 4096, 128, H100)
+    assert not kernels.takes_products(1, 4096, 128, H100), "vectors are faster"
+    assert not kernels.takes_products(3, 4096, 64, H100), "a batch of warps takes 128 inputs, which are of one group"
+    assert not kernels.takes_products(3, 4096, 128, A2)
 
 
-def test_which_rows_are_narrow() -> None:
-    assert all(kernels.is_narrow(rows, 4096, group, H100) for rows in (1, 32) for group in (128, 4096))
-    assert not kernels.is_narrow(33, 4096, 128, H100)
-    assert not kernels.is_narrow(1, 4096, 64, H100), "a product takes 16 inputs at least, which are of one group"
-    assert not kernels.is_narrow(1, 4096, 128, A2)
+@pytest.mark.parametrize("group_size", [96, 192, 32])
+def test_vectors_of_a_gpu_whose_steps_end_within_a_group(device: str, group_size: int) -> None:
+    """Also beyond the end of the inputs: 1344 are 168 rows of words, of steps of 256 or 64."""
+    of = layer(1344, 24, group_size, FP16, device, bias=True)
+    for rows in (1, 2):
+        x = torch.randn(rows, 1344, device=device, dtype=FP16)
+        y = torch.full((rows, 24), torch.nan, device=device, dtype=FP16)
+        arguments = {"x_ptr": x, "words_ptr": of.words, "scales_ptr": of.scales, "zeros_ptr": of.zeros, "bias_ptr": of.bias, "y_ptr": y}
+        plan = kernels.w4a16_gemv_launch(rows, 1344, 24, group_size, Device(device, 132, 132))
+        launch(plan, x, **arguments, ids_ptr=None, rows=rows, slots=1, experts=1, x_stride=1344)
+        check(y, x, of)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "group_size"),
+    [
+        (2, 128, 24, -1),
+        (3, 768, 2048, 128),
+        (8, 4096, 4096, 128),
+        (9, 640, 1000, 128),
+        (16, 1152, 33, 384),
+        (17, 2048, 1536, 256),
+        (32, 11008, 80, -1),
+    ],
+)
+def test_products(dtype: torch.dtype, zeros: bool, rows: int, inputs: int, outputs: int, group_size: int) -> None:
+    of = layer(inputs, outputs, group_size, dtype, "cuda", zeros=zeros, bias=rows % 2 == 0)
+    apart = torch.randn(rows, inputs + 24, device="cuda", dtype=dtype)[:, 8 : 8 + inputs]
+    y = w4a16_linear(apart, *of.arguments(), group_size=group_size, cores=132, matrix_cores=132)
+    check(y, apart, of)
 
 
 # -------------------------------------------------------------------- fake kernels

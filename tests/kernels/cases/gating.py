@@ -30,13 +30,13 @@ def _gating(rows: int, experts: int, k: int, dtype: str = "fp32", *, bias: str |
 
 
 def cases() -> Iterator[Case]:
+    yield _gating(4096, 256, 8, bias="fp32", score="sigmoid", groups=8, top_groups=4, by_two=True, renormalize=True)
     yield _gating(4096, 8, 2, "bf16", renormalize=True)
     yield _gating(4097, 64, 6, "bf16")
     yield _gating(4096, 128, 8, renormalize=True)
     yield _gating(77, 512, 10, "bf16", scores=True)
     yield _gating(33, 160, 8, bias="fp32", score="sigmoid", renormalize=True)
     yield _gating(4096, 160, 6, groups=8, top_groups=3)
-    yield _gating(4096, 256, 8, bias="fp32", score="sigmoid", groups=8, top_groups=4, by_two=True, renormalize=True)
     yield _gating(1, 256, 8, "fp16", bias="fp32", score="sigmoid", groups=8, top_groups=4, by_two=True, renormalize=True, scores=True)
     yield _gating(4096, 384, 8, bias="fp32", score="sqrt_softplus", renormalize=True, round_to="bf16")
     yield _gating(4096, 128, 4, "bf16", score_first=False)

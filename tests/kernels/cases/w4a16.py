@@ -27,11 +27,6 @@ def _gemv(rows: int, inputs: int, outputs: int, group: int, dtype: str, *, zeros
     return Case(_name("gemv", dtype, rows, inputs, outputs, group, zeros) + (" experts" if experts else ""), launch, types)
 
 
-def _narrow(rows: int, inputs: int, outputs: int, group: int, dtype: str, *, zeros: bool, bias: bool = False) -> Case:
-    launch = w4a16.w4a16_narrow_launch(rows, inputs, outputs, group, DEVICE)
-    return Case(_name("narrow", dtype, rows, inputs, outputs, group, zeros), launch, _types(dtype, zeros, bias))
-
-
 def _gemm(rows: int, inputs: int, outputs: int, group: int, dtype: str, *, zeros: bool, bias: bool = False) -> Case:
     launch = w4a16.w4a16_gemm_launch(rows, inputs, outputs, group, DEVICE)
     return Case(_name("gemm", dtype, rows, inputs, outputs, group, zeros), launch, _types(dtype, zeros, bias))
@@ -52,8 +47,6 @@ def cases() -> Iterator[Case]:
     yield _gemv(8, 5120, 5120, 5120, "bf16", zeros=False)
     yield _gemv(64, 2048, 1536, 128, "fp16", zeros=True, experts=True)
     yield _gemv(8, 768, 2048, 128, "bf16", zeros=True, bias=True, experts=True)
-    yield _narrow(16, 4096, 4096, 128, "fp16", zeros=True, bias=True)
-    yield _narrow(32, 768, 1000, 768, "bf16", zeros=False)
     yield _gemm(16, 4096, 4096, 128, "fp16", zeros=True)
     yield _gemm(64, 2048, 1536, 128, "bf16", zeros=False)
     yield _gemm(4096, 4096, 4096, 128, "bf16", zeros=True, bias=True)
