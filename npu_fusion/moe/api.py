@@ -9,7 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .transport import resolve, transport_of
+from .. import torch_private
+from ..errors import CollectiveError
+from . import quantized
+from .transport import agree, resolve, transport_of
+
+_PREPARED: dict[str, tuple[Any, int]] = {}
+"""Of each group that was prepared, by name, the process group and max_tokens."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,27 @@ class Dispatched:
 def group_name(group: Any) -> tuple[str, int]:
     """Name and size of a process group, of a name, or of the default group (None)."""
     if isinstance(group, str):
-        from .. import torch_private
-
         return group, dist.get_world_size(torch_private.process_group(group))
     found: Any = group if group is not None else dist.group.WORLD
     return str(found.group_name), dist.get_world_size(found)
+
+
+def most_tokens(name: str, ranks: int, x: Tensor) -> int:
+    """What max_tokens is where a caller leaves it out: what `prepare` was given, on all ranks the same, or the tokens of this rank.
+
+    Raises:
+        CollectiveError: nobody can tell whether other ranks have as many tokens as this one: nothing was prepared, and only on CPUs are the
+            numbers compared at each call.
+    """
+    known, prepared = _PREPARED.get(name, (None, 0))
+    if known is not None and known is torch_private.process_group(name):
+        return prepared
+    if ranks > 1 and x.device.type not in ("cpu", "meta"):
+        raise CollectiveError(
+            f"on {x.device.type}, max_tokens must be given, or npu_fusion.moe.prepare(max_tokens=..., ...) be called before on all ranks: "
+            "ranks with unequal numbers of tokens would otherwise hang, or mix their rows up"
+        )
+    return x.shape[0]
 
 
 def dispatch(
@@ -58,7 +80,8 @@ def dispatch(
 
     Args:
         group: a process group, its name, or None for the default group.
-        max_tokens: the most tokens of any rank; None where all ranks have as many as this one.
+        max_tokens: the most tokens of any rank, the same on all ranks; None for what `prepare` was given. Where nothing was prepared, None
+            is an error, but on CPUs, where it is the tokens of this rank, as many as all others must have.
         the others: as the op's.
     """
     name, ranks = group_name(group)
@@ -66,7 +89,7 @@ def dispatch(
         "group": name,
         "ranks": ranks,
         "experts": experts,
-        "max_tokens": x.shape[0] if max_tokens is None else max_tokens,
+        "max_tokens": most_tokens(name, ranks, x) if max_tokens is None else max_tokens,
         "active": active,
         "placement": placement,
     }
@@ -94,7 +117,8 @@ def prepare(
 ) -> None:
     """Allocate what dispatch and combine of this size need on a group, so that a graph capture can hold them. All ranks must call it.
 
-    Where a transport keeps no buffers (CPU, NCCL, Ascend) this only makes the communicator.
+    The ranks compare what they were given. Where a transport keeps no buffers (CPU, NCCL, Ascend) this also makes the communicator. What
+    is given here is also what dispatch takes for a `max_tokens` that is left out.
 
     Args:
         max_tokens: the most tokens of any rank: what will be given to dispatch.
@@ -103,19 +127,26 @@ def prepare(
         dtype: of the rows and of the experts' results.
         quant: as the dispatch's.
         timeout: seconds that a rank waits for another before it gives up, which the next call on the host then raises.
+
+    Raises:
+        CollectiveError: the ranks were given other sizes, or one is not there in time.
     """
     name, ranks = group_name(group)
     where = torch.empty(0, device=device).device
     members = resolve(name, ranks)
+    if ranks > 1:
+        formats = ["none", *quantized.FORMATS].index(quant)
+        sizes = [max_tokens, hidden, top_k, dtype.itemsize, formats]
+        agree(members, "max_tokens, hidden, top_k, bytes of an element, format", sizes, timeout)
+    _PREPARED[name] = (members.process_group, max_tokens)
     if where.type == "npu":
         from . import ascend
 
         ascend._communicator(members.process_group, members.rank)
         return
     transport = transport_of(members, where)
-    allocate = getattr(transport, "prepare", None)
-    if allocate is not None:
-        allocate(max_tokens, hidden, top_k, dtype, quant, timeout)
+    transport.timeout = timeout
+    transport.prepare(max_tokens, hidden, top_k, dtype, quant)
 
 
 def check(group: Any = None, device: torch.device | str = "cuda") -> None:
@@ -125,7 +156,4 @@ def check(group: Any = None, device: torch.device | str = "cuda") -> None:
     graph run no code of theirs, so that after one this is to be asked.
     """
     name, ranks = group_name(group)
-    transport = transport_of(resolve(name, ranks), torch.empty(0, device=device).device)
-    ask = getattr(transport, "check", None)
-    if ask is not None:
-        ask()
+    transport_of(resolve(name, ranks), torch.empty(0, device=device).device).check()

@@ -40,7 +40,7 @@ def expert_parallel(
     Args:
         model: of transformers 5 (Qwen3-MoE, Mixtral, DeepSeek-V3, ...), or a part of one.
         group: a process group, its name, or None for the default group.
-        max_tokens: the most tokens (batch times sequence) of any rank at a call; None where all ranks have equally many at each call.
+        max_tokens: the most tokens (batch times sequence) of any rank at a call; None as for `npu_fusion.moe.dispatch`.
         quant: how rows travel to the experts: `none`, `int8` or `fp8`.
         placement: [E] integers, the slot of each expert, for all blocks; rank r has the slots from r * E / R on. None for e in slot e.
 
@@ -90,7 +90,7 @@ def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
         "group": self.moe_group,
         "ranks": self.moe_ranks,
         "experts": self.moe_experts,
-        "max_tokens": x.shape[0] if self.moe_max_tokens is None else self.moe_max_tokens,
+        "max_tokens": api.most_tokens(self.moe_group, self.moe_ranks, x) if self.moe_max_tokens is None else self.moe_max_tokens,
         "placement": self.moe_placement,
     }
     ops = torch.ops.npu_fusion

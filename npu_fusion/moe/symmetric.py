@@ -19,7 +19,7 @@ from ..errors import CollectiveError
 from ..kernels import moe_put
 from ..kernels.launch import Device, Launch
 from . import plan, quantized
-from .transport import AllToAll, Group, Handle, Transport
+from .transport import AllToAll, Group, Handle, Transport, agree
 
 _ELEMENTS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _ALIGNMENT = 16
@@ -67,10 +67,9 @@ class Channel:
 class Puts(Transport):
     """The transport of a group whose GPUs can all write each other's memory."""
 
-    def __init__(self, group: Group, device: torch.device, timeout: float = 100.0) -> None:
+    def __init__(self, group: Group, device: torch.device) -> None:
         super().__init__(group)
         self.device = device
-        self.timeout = timeout
         self._status = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self._broken = torch.zeros(1, dtype=torch.int32, device=device)
         self._channels: dict[tuple[str, int, int], Channel] = {}
@@ -80,17 +79,10 @@ class Puts(Transport):
 
     # ---------------------------------------------------------------- buffers
 
-    def prepare(self, max_tokens: int, hidden: int, top_k: int, dtype: torch.dtype, quant: str, timeout: float) -> None:
+    def prepare(self, max_tokens: int, hidden: int, top_k: int, dtype: torch.dtype, quant: str) -> None:
         """Make the buffers of a dispatch and its combine; see `npu_fusion.moe.prepare`."""
-        mine = torch.tensor([max_tokens, hidden, top_k], device=self.device)
-        sizes = [torch.empty_like(mine) for _ in range(self.group.ranks)]
-        dist.all_gather(sizes, mine, group=self.group.process_group)
-        for rank, other in enumerate(sizes):
-            if not torch.equal(other, mine):
-                raise CollectiveError(
-                    f"rank {self.group.global_rank(rank)} prepares {other.tolist()} (max_tokens, hidden, top_k), not {mine.tolist()}"
-                )
-        self.timeout = timeout
+        self._fallback.timeout = self.timeout
+        self._fallback.prepare(max_tokens, hidden, top_k, dtype, quant)
         sent = dtype if quant == "none" else quantized.FORMATS[quant][0]
         if self._fits(hidden * sent.itemsize):
             self._channel("dispatch", hidden * sent.itemsize + 4 * moe_put.meta_words(top_k), max_tokens)
@@ -110,6 +102,7 @@ class Puts(Transport):
                     f"a graph capture meets a MoE {use} of {row_bytes} bytes a row and max_tokens={max_tokens}, without a buffer: "
                     "call npu_fusion.moe.prepare(max_tokens=..., hidden=..., top_k=..., dtype=..., quant=...) on all ranks before"
                 )
+            agree(self.group, f"MoE {use}: bytes a row, max_tokens", [row_bytes, max_tokens], self.timeout)
             self._channels[key] = Channel.make(self.group, self.device, row_bytes, max_tokens)
         return self._channels[key]
 
@@ -257,6 +250,8 @@ def make(group: Group, device: torch.device) -> Puts | None:
     try:
         transport = Puts(group, device)
         transport._channel("combine", _ALIGNMENT, 1)
+    except CollectiveError:  # a rank is not there
+        raise
     except (RuntimeError, ImportError):  # no peer access, several hosts, a torch without symmetric memory
         ok.zero_()
     dist.all_reduce(ok, op=dist.ReduceOp.MIN, group=group.process_group)

@@ -7,8 +7,10 @@ device of its tensors: `register_transport` is how the others (symmetric memory 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +52,49 @@ def resolve(name: str, ranks: int) -> Group:
     return found
 
 
+_AGREEMENTS: dict[str, tuple[Any, int]] = {}
+"""Of each group by name, the process group and how often its ranks compared numbers."""
+
+
+def agree(group: Group, what: str, mine: Sequence[int], timeout: float) -> None:
+    """Raise unless all ranks say the same numbers. Takes place on the host, through the group's store; all ranks must call it.
+
+    Args:
+        what: the names of the numbers, for the message.
+        mine: this rank's numbers.
+        timeout: seconds to wait for the other ranks.
+
+    Raises:
+        CollectiveError: a rank says other numbers, or does not call in time.
+    """
+    known, count = _AGREEMENTS.get(group.name, (None, 0))
+    count = count + 1 if known is group.process_group else 1
+    _AGREEMENTS[group.name] = (group.process_group, count)
+    store = torch_private.group_store(group.process_group)
+    text = f"{what}: {', '.join(map(str, mine))}"
+    store.set(f"npu_fusion.moe/{count}/{group.rank}", text)
+    for rank in range(group.ranks):
+        key = f"npu_fusion.moe/{count}/{rank}"
+        try:
+            store.wait([key], timedelta(seconds=timeout))
+            theirs = store.get(key).decode()
+        except RuntimeError as error:
+            raise late(group, rank, timeout) from error
+        if theirs != text:
+            raise CollectiveError(
+                f"rank {group.global_rank(rank)} has {theirs}; rank {group.global_rank(group.rank)} has {text}: these must be the same on "
+                f"all ranks of group {group.name!r}"
+            )
+
+
+def late(group: Group, rank: int, timeout: float) -> CollectiveError:
+    """The error of a wait for a rank of the group that ran out, or whose connection broke."""
+    return CollectiveError(
+        f"rank {group.global_rank(rank)} did not take part in a MoE collective of group {group.name!r} within {timeout:g} s, or ended "
+        f"(seen by rank {group.global_rank(group.rank)}); the group has to be made anew"
+    )
+
+
 class Handle(NamedTuple):
     """What a combine has to know of its dispatch, and how the two ops keep it in one int32 tensor.
 
@@ -83,6 +128,13 @@ class Transport(abc.ABC):
 
     def __init__(self, group: Group) -> None:
         self.group = group
+        self.timeout = TIMEOUT
+
+    def prepare(self, max_tokens: int, hidden: int, top_k: int, dtype: torch.dtype, quant: str) -> None:  # noqa: B027
+        """Make what dispatch and combine of a size need; see `npu_fusion.moe.prepare`, which has compared the sizes of the ranks."""
+
+    def check(self) -> None:  # noqa: B027
+        """Raise CollectiveError if a peer was late in an earlier call, as far as is known; waits for nothing."""
 
     @abc.abstractmethod
     def send(self, payload: Tensor, meta: Tensor, route: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
@@ -137,7 +189,19 @@ class Transport(abc.ABC):
 
 
 class AllToAll(Transport):
-    """`all_to_all_single` of equal blocks: gloo on CPUs, NCCL or HCCL elsewhere. Static, so that NCCL's can be captured."""
+    """Exchange of equal blocks: `all_to_all_single` of NCCL or HCCL, static, so that it can be captured; on CPUs rank by rank over gloo."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__(group)
+        self._agreed: set[int] = set()
+        self._broken: CollectiveError | None = None
+
+    def prepare(self, max_tokens: int, hidden: int, top_k: int, dtype: torch.dtype, quant: str) -> None:
+        self._agreed.add(self.group.ranks * max_tokens)
+
+    def check(self) -> None:
+        if self._broken is not None:
+            raise CollectiveError(str(self._broken)) from self._broken
 
     def send(self, payload: Tensor, meta: Tensor, route: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
         count = self.group.ranks * max_tokens
@@ -153,23 +217,65 @@ class AllToAll(Transport):
     def _exchange(self, buffer: Tensor) -> Tensor:
         """Block r of `buffer` [R * M, ...] to rank r."""
         if buffer.device.type == "cpu":
-            self._check_equal(buffer)
+            return self._exchange_on_host(buffer)
+        self._agree(buffer)
         received = torch.empty_like(buffer)
         dist.all_to_all_single(received, buffer, group=self.group.process_group)
         return received
 
-    def _check_equal(self, buffer: Tensor) -> None:
-        """Raise where ranks disagree on what is exchanged; unequal blocks would hang, or mix rows up."""
-        mine = torch.tensor([*buffer.shape, buffer.element_size()])
-        theirs = [torch.empty_like(mine) for _ in range(self.group.ranks)]
-        dist.all_gather(theirs, mine, group=self.group.process_group)
-        for rank, other in enumerate(theirs):
-            if not torch.equal(mine, other):
+    def _agree(self, buffer: Tensor) -> None:
+        """Compare the number of rows at its first use: unequal blocks would hang, or mix rows up."""
+        rows = buffer.shape[0]
+        if rows not in self._agreed:
+            max_tokens = rows // self.group.ranks
+            if buffer.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise CollectiveError(
-                    f"rank {self.group.global_rank(rank)} exchanges rows [{other[0]}, {other[1]}] of {other[2]} bytes an element, "
-                    f"rank {self.group.global_rank(self.group.rank)} rows [{mine[0]}, {mine[1]}] of {mine[2]}: max_tokens must be the "
-                    "same on all ranks (give it, where ranks have unequal numbers of tokens)"
+                    f"a graph capture meets a MoE collective of max_tokens={max_tokens}, which the ranks have not compared: call "
+                    "npu_fusion.moe.prepare(max_tokens=..., hidden=..., top_k=..., device=...) on all ranks before"
                 )
+            agree(self.group, "max_tokens", [max_tokens], self.timeout)
+            self._agreed.add(rows)
+
+    def _exchange_on_host(self, buffer: Tensor) -> Tensor:
+        """Over messages from rank to rank, so that it is known which rank a wait is for; first their sizes, then the rows."""
+        self.check()
+        mine = torch.tensor([*buffer.shape, buffer.element_size()])
+        sizes = [torch.empty_like(mine) for _ in range(self.group.ranks)]
+        blocks, received = list(buffer.chunk(self.group.ranks)), torch.empty_like(buffer)
+        self._messages([mine] * self.group.ranks, sizes)
+        for rank, theirs in enumerate(sizes):
+            if not torch.equal(mine, theirs):
+                raise self._unequal(rank, theirs.tolist(), mine.tolist())
+        if buffer.numel():
+            self._messages(blocks, list(received.chunk(self.group.ranks)))
+        return received
+
+    def _messages(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
+        """`sent[r]` to rank r, `received[r]` from rank r."""
+        group, waits = self.group, []
+        received[group.rank].copy_(sent[group.rank])
+        others = [rank for rank in range(group.ranks) if rank != group.rank]
+        until = time.monotonic() + self.timeout
+        peer = group.rank
+        try:
+            for post, tensors in ((dist.irecv, received), (dist.isend, sent)):
+                for rank in others:
+                    peer = rank
+                    waits.append((rank, post(tensors[rank], group.global_rank(rank), group=group.process_group, tag=_TAG)))
+            for rank, work in waits:
+                peer = rank
+                if work is not None and not work.wait(timedelta(seconds=max(until - time.monotonic(), 0.001))):
+                    raise TimeoutError
+        except (RuntimeError, TimeoutError) as error:
+            self._broken = late(group, peer, self.timeout)  # messages may still be on their way: the group is of no use any more
+            raise self._broken from error
+
+    def _unequal(self, rank: int, theirs: Sequence[int], mine: Sequence[int]) -> CollectiveError:
+        return CollectiveError(
+            f"rank {self.group.global_rank(rank)} exchanges rows [{theirs[0]}, {theirs[1]}] of {theirs[2]} bytes an element, "
+            f"rank {self.group.global_rank(self.group.rank)} rows [{mine[0]}, {mine[1]}] of {mine[2]}: max_tokens must be the "
+            "same on all ranks (give it, where ranks have unequal numbers of tokens)"
+        )
 
 
 class Alone(Transport):
@@ -181,6 +287,10 @@ class Alone(Transport):
     def give_back(self, rows: Tensor, route: Tensor, max_tokens: int) -> Tensor:
         return plan.reduce_rows(rows, route, None)
 
+
+TIMEOUT = 100.0
+"""Seconds that a rank waits for another, until `npu_fusion.moe.prepare` says otherwise."""
+_TAG = 0x6D6F65  # of our messages, apart from those of others in the same group
 
 TransportMaker = Callable[[Group, torch.device], Transport | None]
 _MAKERS: dict[str, list[TransportMaker]] = {}

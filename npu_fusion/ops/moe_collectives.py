@@ -1,8 +1,9 @@
 """MoE collectives: `moe_dispatch` brings tokens to their experts' ranks, `moe_combine` the results home.
 
 They are functional, of static shapes, name their group, and never wait for the device, so that a graph capture can hold them. All ranks
-must call them in the same order, which every compiler keeps that keeps the order of dependent ops: a combine needs its dispatch's handle,
-the next layer's dispatch the combine's result. No pass over an FX graph drops one.
+must call them in the same order. They are declared to have an effect, so that AOT passes a token from each to the next: blocks that do not
+depend on each other keep the order of the program in every graph made through AOT, whatever a compiler makes of the rest, which may have
+other sizes on another rank. No pass over an FX graph drops one.
 
 `moe_send_rows` and `moe_return_rows` are the two movements by themselves; they are each other's backward.
 """
@@ -113,6 +114,7 @@ def _(
     x: Tensor, ids: Tensor, weights: Tensor, active: Tensor | None = None, placement: Tensor | None = None, *, group: str, ranks: int,
     experts: int, max_tokens: Size, quant: str = "none",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    _keep_order()
     _check_dispatch(x, ids, weights, active, placement, ranks, experts, max_tokens, quant)
     (tokens, hidden), top_k, local = x.shape, ids.shape[1], experts // ranks
     rows = plan.expanded_rows(ranks, max_tokens, top_k, local)
@@ -194,6 +196,7 @@ def _(
     x: Tensor, ids: Tensor, weights: Tensor, handle: Tensor, active: Tensor | None = None, placement: Tensor | None = None,
     shared: Tensor | None = None, *, group: str, ranks: int, experts: int, max_tokens: Size,
 ) -> Tensor:  # fmt: skip
+    _keep_order()
     _check_combine(x, ids, weights, handle, ranks, experts, max_tokens)
     return x.new_empty((ids.shape[0], x.shape[1]))
 
@@ -226,6 +229,7 @@ def moe_send_rows(x: Tensor, route: Tensor, *, group: str, ranks: int, max_token
 
 @moe_send_rows.fake
 def _(x: Tensor, route: Tensor, *, group: str, ranks: int, max_tokens: Size) -> Tensor:
+    _keep_order()
     return x.new_empty((ranks * max_tokens, x.shape[1]))
 
 
@@ -256,6 +260,7 @@ def moe_return_rows(x: Tensor, route: Tensor, *, group: str, ranks: int, max_tok
 
 @moe_return_rows.fake
 def _(x: Tensor, route: Tensor, *, group: str, ranks: int, max_tokens: Size) -> Tensor:
+    _keep_order()
     return x.new_empty((route.shape[0], x.shape[1]))
 
 
@@ -329,6 +334,12 @@ def _return_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 def _differentiable(op: SemanticOp, backward: Any, setup: Any) -> None:
     op.differentiate(backward, setup)
     torch_private.keep_in_graphs(op.overload)
+    torch_private.keep_order(op.overload)
+
+
+def _keep_order() -> None:
+    """For fake kernels: whatever compiles a graph runs them first, Inductor too, which is imported by then if it is to be used."""
+    torch_private.keep_order_in_inductor([op.overload for op in (moe_dispatch, moe_combine, moe_send_rows, moe_return_rows)])
 
 
 _differentiable(moe_dispatch, _dispatch_backward, _dispatch_setup)
