@@ -15,27 +15,29 @@ from .ranks import Ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("moe")]
 
-_SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+_SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
           "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
 
 
-def model(name: str, dtype: torch.dtype) -> Any:
+def model(name: str, dtype: torch.dtype, layers: int = 2) -> Any:
     import transformers as t
 
+    sizes = {**_SIZES, "num_hidden_layers": layers}
+
     if name == "qwen3":
-        config: Any = t.Qwen3MoeConfig(**_SIZES, head_dim=8, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=16)
+        config: Any = t.Qwen3MoeConfig(**sizes, head_dim=8, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=16)
         made: Any = t.Qwen3MoeForCausalLM(config)
     elif name == "mixtral":
-        config = t.MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2)
+        config = t.MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
         made = t.MixtralForCausalLM(config)
     elif name == "gpt_oss":
-        config = t.GptOssConfig(**_SIZES, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
+        config = t.GptOssConfig(**sizes, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
         made = t.GptOssForCausalLM(config)
     else:
-        sizes = {**_SIZES, "num_key_value_heads": 4}
+        sizes["num_key_value_heads"] = 4
         config = t.DeepseekV3Config(
             **sizes, n_routed_experts=8, num_experts_per_tok=3, n_group=2, topk_group=1, moe_intermediate_size=16, n_shared_experts=1,
-            first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+            first_k_dense_replace=layers - 1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
         )  # fmt: skip
         made = t.DeepseekV3ForCausalLM(config)
     torch.manual_seed(1)
@@ -45,12 +47,13 @@ def model(name: str, dtype: torch.dtype) -> Any:
 
 
 def same_as_alone(name: str, dtype: torch.dtype, backend: str | None, adversarial: bool, max_tokens: int | None) -> None:
-    alone = model(name, dtype)
+    layers = 2 if backend is None else 1
+    alone = model(name, dtype, layers)
     if adversarial:  # all tokens to the same experts
         for module in alone.modules():
             if type(module).__name__.endswith("Router"):
                 module.weight.data.zero_()
-    shared = moe.expert_parallel(model(name, dtype), max_tokens=max_tokens)
+    shared = moe.expert_parallel(model(name, dtype, layers), max_tokens=max_tokens)
     shared.load_state_dict({k: v for k, v in alone.state_dict().items() if ".experts." not in k}, strict=False)
     tokens = 5 + (dist.get_rank() if max_tokens is not None else 0)
     ids = torch.randint(0, 64, (2, tokens), generator=torch.Generator().manual_seed(dist.get_rank()))

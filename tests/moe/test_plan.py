@@ -45,9 +45,8 @@ def check(ranks: int, experts: int, top_k: int, tokens: list[int], kind: str, se
         placement[:doubled, 1] = slots[logical : logical + doubled]
         scale[placement[:doubled, 1]] = scale[placement[:doubled, 0]]
     results = dispatch_and_combine(xs, ids, weights, experts, max(tokens), expert_scale=scale, active=active, placement=placement)
-    for rank, result in enumerate(results):
-        slots = plan.physical_experts(ids[rank], experts, active[rank], placement, rank)
-        torch.testing.assert_close(result, dense(xs[rank], slots, weights[rank], scale))
+    slots = [plan.physical_experts(ids[rank], experts, active[rank], placement, rank) for rank in range(ranks)]
+    torch.testing.assert_close(torch.cat(results), dense(torch.cat(xs), torch.cat(slots), torch.cat(weights), scale))
 
 
 @settings(max_examples=30, deadline=None)
