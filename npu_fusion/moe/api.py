@@ -14,8 +14,10 @@ from ..errors import CollectiveError
 from . import quantized
 from .transport import agree, resolve, transport_of
 
-_PREPARED: dict[str, tuple[Any, int]] = {}
-"""Of each group that was prepared, by name, the process group and max_tokens."""
+_PREPARED: dict[str, int] = {}
+"""max_tokens of each group that was prepared, by name."""
+_PREPARED_GROUPS: dict[str, Any] = {}
+"""The process group that had the name then. Dynamo cannot look one up: a compiled call takes it that the name stands for the same."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,16 @@ class Dispatched:
     form: dict[str, Any]
 
 
+@torch.compiler.assume_constant_result
+def _size(name: str) -> int:
+    """Size of the group of a name. Dynamo cannot trace how it is found."""
+    return resolve(name, None).ranks
+
+
 def group_name(group: Any) -> tuple[str, int]:
     """Name and size of a process group, of a name, or of the default group (None)."""
     if isinstance(group, str):
-        return group, dist.get_world_size(torch_private.process_group(group))
+        return group, _size(group)
     found: Any = group if group is not None else dist.group.WORLD
     return str(found.group_name), dist.get_world_size(found)
 
@@ -53,8 +61,8 @@ def most_tokens(name: str, ranks: int, x: Tensor) -> int:
         CollectiveError: nobody can tell whether other ranks have as many tokens as this one: nothing was prepared, and only on CPUs are the
             numbers compared at each call.
     """
-    known, prepared = _PREPARED.get(name, (None, 0))
-    if known is not None and known is torch_private.process_group(name):
+    prepared = _PREPARED.get(name)
+    if prepared is not None and (torch.compiler.is_compiling() or _PREPARED_GROUPS[name] is torch_private.process_group(name)):
         return prepared
     if ranks > 1 and x.device.type not in ("cpu", "meta"):
         raise CollectiveError(
@@ -138,7 +146,7 @@ def prepare(
         formats = ["none", *quantized.FORMATS].index(quant)
         sizes = [max_tokens, hidden, top_k, dtype.itemsize, formats]
         agree(members, "max_tokens, hidden, top_k, bytes of an element, format", sizes, timeout)
-    _PREPARED[name] = (members.process_group, max_tokens)
+    _PREPARED[name], _PREPARED_GROUPS[name] = max_tokens, members.process_group
     if where.type == "npu":
         from . import ascend
 

@@ -36,8 +36,8 @@ class Group:
         return int(dist.get_global_rank(self.process_group, rank))
 
 
-def resolve(name: str, ranks: int) -> Group:
-    """The group of a name.
+def resolve(name: str, ranks: int | None) -> Group:
+    """The group of a name, of so many ranks (None: of any number).
 
     Raises:
         CollectiveError: there is no such group, or it has another number of ranks.
@@ -47,7 +47,7 @@ def resolve(name: str, ranks: int) -> Group:
     except (RuntimeError, ValueError, KeyError) as error:
         raise CollectiveError(f"there is no process group {name!r} in this process: {error}") from error
     found = Group(name, group, dist.get_rank(group), dist.get_world_size(group))
-    if found.ranks != ranks:
+    if ranks is not None and found.ranks != ranks:
         raise CollectiveError(f"process group {name!r} has {found.ranks} ranks, not {ranks}")
     return found
 
@@ -228,7 +228,8 @@ class AllToAll(Transport):
         rows = buffer.shape[0]
         if rows not in self._agreed:
             max_tokens = rows // self.group.ranks
-            if buffer.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            capturing = getattr(torch.get_device_module(buffer.device), "is_current_stream_capturing", None)
+            if capturing is not None and capturing():
                 raise CollectiveError(
                     f"a graph capture meets a MoE collective of max_tokens={max_tokens}, which the ranks have not compared: call "
                     "npu_fusion.moe.prepare(max_tokens=..., hidden=..., top_k=..., device=...) on all ranks before"

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from npu_fusion import moe
@@ -34,14 +35,22 @@ def unequal_preparations() -> str:
 
 
 def prepared() -> None:
-    """Unequal tokens, and max_tokens from the preparation."""
+    """Unequal tokens, and max_tokens from the preparation, also of one after the compilation."""
     group = dist.new_group([0, 1])
-    moe.prepare(max_tokens=9, hidden=HIDDEN, top_k=TOP_K, device="cpu", group=group, dtype=torch.float32)
+    name, first = str(group.group_name), dist.get_rank() * EXPERTS // 2
+
+    def layer(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        sent = moe.dispatch(x, ids, weights, EXPERTS, group=name)
+        slot = torch.searchsorted(sent.counts.cumsum(0), torch.arange(len(sent.rows)), right=True) + first
+        return moe.combine(sent.rows * (slot + 1)[:, None], sent)
+
     x, ids, weights = inputs("absent")
-    sent = moe.dispatch(x, ids, weights, EXPERTS, group=group)
-    assert sent.form["max_tokens"] == 9
-    slot = torch.searchsorted(sent.counts.cumsum(0), torch.arange(len(sent.rows)), right=True) + dist.get_rank() * EXPERTS // 2
-    torch.testing.assert_close(moe.combine(sent.rows * (slot + 1)[:, None], sent), expected(x, ids, weights))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for most in (9, 11):
+        moe.prepare(max_tokens=most, hidden=HIDDEN, top_k=TOP_K, device="cpu", group=group, dtype=torch.float32)
+        assert moe.dispatch(x, ids, weights, EXPERTS, group=group).form["max_tokens"] == most
+        for function in (layer, compiled):
+            torch.testing.assert_close(function(x, ids, weights), expected(x, ids, weights))
 
 
 def compared_once(different: bool) -> str:
