@@ -54,6 +54,15 @@ def group_name(group: Any) -> tuple[str, int]:
     return str(found.group_name), dist.get_world_size(found)
 
 
+@torch.compiler.assume_constant_result
+def _unknown(device_type: str) -> int:
+    """Raise. Dynamo calls this rather than trace it, and so passes on what it says."""
+    raise CollectiveError(
+        f"on {device_type}, max_tokens must be given, or npu_fusion.moe.prepare(max_tokens=..., ...) be called before on all ranks: "
+        "ranks with unequal numbers of tokens would otherwise hang, or mix their rows up"
+    )
+
+
 def most_tokens(name: str, ranks: int, x: Tensor) -> int:
     """What max_tokens is where a caller leaves it out: what `prepare` was given, on all ranks the same, or the tokens of this rank.
 
@@ -65,10 +74,7 @@ def most_tokens(name: str, ranks: int, x: Tensor) -> int:
     if prepared is not None and (torch.compiler.is_compiling() or _PREPARED_GROUPS[name] is torch_private.process_group(name)):
         return prepared
     if ranks > 1 and x.device.type not in ("cpu", "meta"):
-        raise CollectiveError(
-            f"on {x.device.type}, max_tokens must be given, or npu_fusion.moe.prepare(max_tokens=..., ...) be called before on all ranks: "
-            "ranks with unequal numbers of tokens would otherwise hang, or mix their rows up"
-        )
+        return _unknown(x.device.type)
     return x.shape[0]
 
 

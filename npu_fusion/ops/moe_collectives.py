@@ -86,7 +86,7 @@ def moe_dispatch(
     Returns:
         rows: [A, H] in the dtype of x, int8 or float8_e4m3fn; those past the sum of counts have no meaning.
         scales: [A] fp32: of each row where quantised, else ones.
-        counts: [L] int64: rows of each local expert.
+        counts: [L] int64: rows of each local expert. On Ascend910B choices that do not count have rows as well, which weigh 0.
         handle: int32, for `moe_combine`; what is in it depends on the device.
 
     Rounding: none, but for the quantisation.

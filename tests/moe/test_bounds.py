@@ -116,6 +116,9 @@ def test_max_tokens_left_out_is_an_error_where_nothing_compares_it() -> None:
     with pytest.raises(moe.CollectiveError, match=r"on cuda, max_tokens must be given, or npu_fusion.moe.prepare"):
         api.most_tokens("not a group", 2, x)
     assert api.most_tokens("not a group", 1, x) == 3
+    compiled = torch.compile(lambda: api._unknown("cuda"), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="on cuda, max_tokens must be given"):
+        compiled()
 
 
 def test_sizes_are_compared_at_their_first_use(two: Ranks) -> None:
