@@ -74,7 +74,7 @@ def most_tokens(name: str, ranks: int, x: Tensor) -> int:
     if prepared is not None and (torch.compiler.is_compiling() or _PREPARED_GROUPS[name] is torch_private.process_group(name)):
         return prepared
     if ranks > 1 and x.device.type not in ("cpu", "meta"):
-        return _unknown(x.device.type)
+        _unknown(x.device.type)
     return x.shape[0]
 
 
