@@ -16,7 +16,7 @@ def dtype_of(name: str | None) -> tl.dtype | None:
     return None if name is None else _DTYPES[name]
 
 
-_TO_NEAREST: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: a sum with it has no room for a fraction
+TO_NEAREST: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: a sum with it has no room for a fraction
 
 
 @triton.jit
@@ -30,20 +30,7 @@ def rounded(x, DTYPE: tl.constexpr):
 @triton.jit
 def to_nearest(x):
     """The nearest integers, halves to even, of numbers of magnitude below 2^22: a cast to an integer truncates."""
-    return (x + _TO_NEAREST) - _TO_NEAREST
-
-
-@triton.jit
-def nearest_int8(x, BITS: tl.constexpr):
-    """The nearest integers, halves to even, of numbers within [-128.5, 127.5), as int8. What is not finite becomes some number.
-
-    BITS takes the last bits of the sum as they are, for a GPU: its conversions take long.
-    """
-    if BITS:
-        q = (x + _TO_NEAREST).to(tl.int32, bitcast=True).to(tl.int8)
-    else:
-        q = to_nearest(x).to(tl.int8)
-    return q
+    return (x + TO_NEAREST) - TO_NEAREST
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .launch import Device, Launch, power_of_2, vector_grid
 from .norm import row_tiles
-from .numeric import nearest_int8, to_nearest
+from .numeric import TO_NEAREST, to_nearest
 from .tile import load_tile, load_vector, store_tile
 
 LARGEST: tl.constexpr = tl.constexpr(127.0)
@@ -69,12 +69,17 @@ def to_int8_range(x, LOWEST: tl.constexpr):
 
 @triton.jit
 def symmetric_int8(x, BITS: tl.constexpr):
-    """The nearest whole numbers of a tile in units of what `symmetric_scale` gives, which are at most a last bit beyond 127."""
+    """The nearest whole numbers of a tile in units of what `symmetric_scale` gives, which are at most a last bit beyond 127.
+
+    BITS makes int8 of them, by the last bits of the sum that rounds, for a GPU: its conversions take long. What is not finite becomes some
+    number. Else they stay fp32 until they are stored: an NPU pads tiles of int8.
+    """
     if BITS:
         x = tl.minimum(x, LARGEST)  # a product that is rounded before something is added to it
+        q = (x + TO_NEAREST).to(tl.int32, bitcast=True).to(tl.int8)
     else:
-        x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
-    return nearest_int8(x, BITS)
+        q = to_int8_range(x, -127.0)
+    return q
 
 
 @triton.jit
