@@ -4,10 +4,10 @@ torch.compile(model, backend="npu_fusion")
 print(npu_fusion.explain(model, example_input))
 """
 
-from . import ops, patterns
+from . import moe, ops, patterns
 from .backend import npu_fusion_backend, register, reload_weights
 from .config import FusionConfig
-from .errors import ConfigError, NpuFusionError, ReportError, RuleError, UnsupportedInputError, VerificationError
+from .errors import CollectiveError, ConfigError, NpuFusionError, ReportError, RuleError, UnsupportedInputError, VerificationError
 from .explain import explain
 from .lowerings import ascend as _ascend  # noqa: F401  registers its providers
 from .lowerings import triton as _triton
@@ -24,6 +24,7 @@ register()
 
 __all__ = [
     "Call",
+    "CollectiveError",
     "ConfigError",
     "FusionConfig",
     "FusionReport",
@@ -40,6 +41,7 @@ __all__ = [
     "explain",
     "fuse",
     "inductor_options",
+    "moe",
     "npu_fusion_backend",
     "npugraph_ex_options",
     "ops",

@@ -16,6 +16,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from . import torch_private
+from .semantic import NAMESPACE
 
 GraphCompiler = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -38,4 +39,10 @@ def trace(
         compile_inference: compiles a graph that records no gradients.
         compile_forward: compiles the forward part of a graph that does; the backward part, maybe long after, is for `compile_backward`.
     """
-    return torch_private.aot_compile(gm, example_inputs, inference=compile_inference, forward=compile_forward, backward=compile_backward)
+    inference, forward, backward = (_of_plain_calls(compile_) for compile_ in (compile_inference, compile_forward, compile_backward))
+    return torch_private.aot_compile(gm, example_inputs, inference=inference, forward=forward, backward=backward)
+
+
+def _of_plain_calls(compile_: GraphCompiler) -> GraphCompiler:
+    """A compiler that sees the calls of our ops as such where AOT wraps them to keep their order, which no pass of ours changes."""
+    return lambda gm, inputs: compile_(torch_private.without_tokens(gm, NAMESPACE), inputs)

@@ -25,3 +25,7 @@ class ReportError(NpuFusionError):
 
 class UnsupportedInputError(NpuFusionError):
     """The command line or `explain` was given something that it cannot load or trace, or a compiled model what it was not compiled for."""
+
+
+class CollectiveError(NpuFusionError, RuntimeError):
+    """A MoE collective was called in a way its group cannot serve, or a peer did not answer in time; says which rank."""

@@ -76,6 +76,10 @@ class SemanticOp:
         """The results of the op by calls of its parts; None for an op that has none."""
         return self._apart[0](call, **arguments) if self._apart else None
 
+    def differentiate(self, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+        """Register the gradient, as `torch.library.register_autograd` has it."""
+        torch.library.register_autograd(f"{NAMESPACE}::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.overload(*args, **kwargs)
 

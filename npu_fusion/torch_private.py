@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -126,10 +127,12 @@ def aot_compile(
 
     `forward` and `backward` compile the parts of a graph that needs gradients, `inference` any other graph.
     """
+    from torch._functorch import config
     from torch._functorch.aot_autograd import aot_module_simplified
 
     compilers: dict[str, Any] = {"fw_compiler": forward, "bw_compiler": backward, "inference_compiler": inference}
-    return aot_module_simplified(gm, example_inputs, decompositions={}, keep_inference_input_mutations=True, **compilers)
+    with config.patch(unlift_effect_tokens=True):  # tokens that keep calls in order are no inputs
+        return aot_module_simplified(gm, example_inputs, decompositions={}, keep_inference_input_mutations=True, **compilers)
 
 
 def boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
@@ -448,3 +451,101 @@ def current_inductor_passes(name: str) -> list[Callable[[Any], Any]]:
     if passes is None:
         return []
     return list(passes) if isinstance(passes, (list, tuple)) else [passes]
+
+
+# Process groups
+
+
+def process_group(name: str) -> Any:
+    """The process group of a name, as graphs refer to it. Raises where there is none."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type,attr-defined]
+
+
+def group_store(group: Any) -> Any:
+    """The store through which the processes of a group find each other."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_process_group_store(group)
+
+
+def keep_in_graphs(op: Any) -> None:
+    """Let no pass over an FX graph drop a call of an op whose results nobody uses."""
+    from torch.fx.node import has_side_effect
+
+    has_side_effect(op)
+
+
+def keep_order(op: torch._ops.OpOverload) -> None:
+    """Let no compiler change the order of the calls of all ops so marked: AOT passes a token from one call to the next.
+
+    What comes of it in a graph is `with_effects(token, op, ...)`, whose results are another token and then the op's. See also
+    `without_tokens` and `keep_order_in_inductor`.
+    """
+    from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+
+    _register_effectful_op(op, _EffectType.ORDERED)
+
+
+def without_tokens(gm: GraphModule, namespace: str) -> GraphModule:
+    """Make calls of a namespace's ops that tokens keep in order plain calls again, in the order that they are in. Changes the graph."""
+    from torch._higher_order_ops.effects import with_effects
+
+    graph = gm.graph
+    ordered = [n for n in graph.nodes if n.target is with_effects and getattr(n.args[1], "namespace", "") == namespace]
+    for node in ordered:
+        token, op, *args = node.args
+        with graph.inserting_before(node):
+            call = graph.call_function(op, tuple(args), node.kwargs)
+        _, *values = node.meta["val"]
+        call.meta = {**node.meta, "val": tuple(values) if len(op._schema.returns) > 1 else values[0]}
+        for item in list(node.users):
+            if item.args[1] == 0:
+                item.replace_all_uses_with(token)
+            elif len(op._schema.returns) == 1:
+                item.replace_all_uses_with(call)
+            else:
+                item.args = (call, item.args[1] - 1)
+                continue
+            graph.erase_node(item)
+        graph.erase_node(node)
+    if ordered:
+        for sink in graph.find_nodes(op="call_function", target=torch.ops.prims._sink_tokens.default):
+            if all(token.target is torch.ops.prims._make_token.default for token in sink.args[0]):
+                graph.erase_node(sink)
+        for token in graph.find_nodes(op="call_function", target=torch.ops.prims._make_token.default):
+            if not token.users:
+                graph.erase_node(token)
+        gm.recompile()
+    return gm
+
+
+def keep_order_in_inductor(ops: Sequence[torch._ops.OpOverload]) -> None:
+    """Let Inductor's scheduler know the order of ops for which `keep_order` was called. Does nothing unless Inductor was imported.
+
+    torch 2.13 notes what an ordered call must come after by the names of buffers, and looks it up by those of operations: its scheduler
+    sees none of it. What knows no such notes (torch before 2.12) has the dependency in the kernel.
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if lowering is None:
+        return
+    for op in ops:
+        if op not in lowering.lowerings:
+            lowering.lowerings[op] = functools.partial(_inductor_fallback, op)
+
+
+def _inductor_fallback(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
+    """What Inductor does with an op that it does not know, and the notes, by the names that they are looked up by."""
+    from torch._higher_order_ops.effects import _EffectType
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    graph = V.graph
+    before, count = graph.effectful_ops.get(_EffectType.ORDERED), len(graph.operations)
+    made = ir.FallbackKernel.create(op, *args, **kwargs)
+    result = torch.utils._pytree.tree_map(lambda x: x.wrap_for_lowering() if isinstance(x, ir.IRNode) else x, made)
+    if before is not None and hasattr(graph, "additional_star_deps"):
+        for operation in graph.operations[count:]:
+            graph.additional_star_deps[operation.get_operation_name()].add(before.get_name())
+    return result
