@@ -83,6 +83,8 @@ class _Choices(NamedTuple):
 
 
 def _choices(ids: Tensor, experts: int, max_tokens: int, active: Tensor | None, placement: Tensor | None, rank: int) -> _Choices:
+    if ids.shape[1] > experts:
+        raise CollectiveError(f"{ids.shape[1]} choices a token are more than {experts} experts")
     masked = _masks_choices()
     tokens = ids.shape[0]
     extra = (max_tokens if masked else max(tokens, 1)) - tokens
