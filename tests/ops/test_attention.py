@@ -311,7 +311,7 @@ CACHE = torch.randn(2, 3, 6, 4)
         (lambda: attention(Q, K, V, scale=1.0, block_table=TABLE), ValueError, "needs kv_lengths"),
         (lambda: attention(Q, K, V, scale=1.0, kv_lengths=LENGTHS, block_table=TABLE[0]), ValueError, "block_table must have 2"),
         (lambda: attention(Q, K, V, scale=1.0, kv_lengths=LENGTHS, block_table=TABLE[:1]), ValueError, "block_table must have shape"),
-        (lambda: mla_attention(Q, Q, K, K, V, scale=1.0), ValueError, "k_nope must have shape"),
+        (lambda: mla_attention(Q, Q, K[..., 1:], K, V, scale=1.0), ValueError, "k_nope must have shape"),
         (lambda: mla_attention(Q, Q, Q, K, Q, scale=1.0), ValueError, "k_rope of shape"),
         (lambda: mla_attention(Q, Q, Q, Q.half(), Q, scale=1.0), TypeError, "must have one dtype"),
         (lambda: kv_update(CACHE, CACHE.half(), LENGTHS, 0), TypeError, "must have one dtype"),

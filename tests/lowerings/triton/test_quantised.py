@@ -75,10 +75,17 @@ def test_taken(case: str) -> None:
         (lambda x: quantize(x, symmetric=False, steps=255.0), CUDA, "without 0"),
         (lambda x: quantize(x, torch.ones(2, 3, 1)), CUDA, "differs from row to row"),
         (lambda x: quantize(x.bfloat16()), EXACT, "rounding is 'exact'"),
-        (lambda x: glu_quant(x, None, **FLOOR), EXACT, "rounding is 'exact'"),
     ],
 )
 def test_refused(call: Callable[[Tensor], Any], config: dict[str, Any], reason: str) -> None:
     found = lower_call(call, X, **config)
     assert found.provider == REFERENCE
     assert reason in found.reason
+
+
+def test_what_is_refused_as_a_whole_is_taken_apart() -> None:
+    found = lower_call(lambda x: glu_quant(x, None, **FLOOR)[:2], X, **EXACT)
+    assert found.provider == "triton.glu + triton.dynamic_quantize"
+    assert "triton.glu_quant: the kernel has no least scale" in found.reason
+    for result, wanted in zip(found.gm(X), glu_quant(X, None, **FLOOR)):
+        torch.testing.assert_close(result, wanted, atol=1, rtol=1e-5)
