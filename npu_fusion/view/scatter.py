@@ -16,8 +16,10 @@ from .value import Value
 
 @handles("copy")
 def _copy(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
-    """copy(into, source): the source in the shape and type of what it is written into."""
+    """copy(into, source): the source in the shape and type of what it is written into. What is written to an input is left as a write."""
     shape, dtype = meta_of(node)
+    if args[0].op == "placeholder":
+        return None
     if args[1].meta["val"].device != node.meta["val"].device or dtype is None:
         return None
     source = b.operand(args[1])
