@@ -118,7 +118,7 @@ def add_rms_norm_quant(
 
 def _sum_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the sum and its norm among those of an op, under their names."""
-    sums = {name: options.pop(name) for name in ("bias", "norm_unrounded", "sum_dtype") if name in options}
+    sums: dict[str, Any] = {name: options.pop(name) for name in ("bias", "norm_unrounded", "sum_dtype") if name in options}
     return {**sums, **_norm_arguments(options)}
 
 
