@@ -8,6 +8,6 @@
 - `emulation/` has CPU kernels of the ops, so that an Ascend lowering can be run, and its numbers tested, without an NPU.
 """
 
-from . import attention, cache, capture_facts, glu, matmul, norm, norm_rope_cache, rope, weight_only
+from . import attention, cache, capture_facts, glu, matmul, norm, norm_rope_cache, quantised, rope, weight_only
 
-__all__ = ["attention", "cache", "capture_facts", "glu", "matmul", "norm", "norm_rope_cache", "rope", "weight_only"]
+__all__ = ["attention", "cache", "capture_facts", "glu", "matmul", "norm", "norm_rope_cache", "quantised", "rope", "weight_only"]

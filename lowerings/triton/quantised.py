@@ -6,7 +6,6 @@ fp32, in the kernels' order, are taken, and others are not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ...lower import Arguments, Builder
+from ..scales import channels, is_of_rows, ones_but_last, roles
 from . import glu_quant as glu_ops
 from . import int8_matmul as matmul_ops
 from . import norm_quant as norm_ops
@@ -41,25 +41,6 @@ def _require_fp32(b: Builder, what: str, *dtypes: torch.dtype | None) -> None:
     """With exact rounding: the model computes in fp32, as the kernels do."""
     other = next((dtype for dtype in dtypes if dtype not in (None, torch.float32)), None)
     b.require(not _is_exact(b) or other is None, f"the model computes {what} in {other}, the kernel in fp32: rounding is 'exact'")
-
-
-def _ones_but_last(sizes: Sequence[Any]) -> bool:
-    return all(isinstance(size, int) and size == 1 for size in sizes[:-1])
-
-
-def _channels(b: Builder, name: str, node: Node | None, width: Any) -> Node | None:
-    """A scale, zero point or bias of the channels, or of all, as the kernels read it: [H], [1] or []."""
-    if node is None:
-        return None
-    sizes = b.val(node).shape
-    b.require(_ones_but_last(sizes), f"{name} differs from row to row")
-    b.require(len(sizes) == 0 or sizes[-1] == 1 or b.equal(sizes[-1], width), f"{name} is not one a channel")
-    return b.reshape(node, [sizes[-1]]) if len(sizes) > 1 else node
-
-
-def _is_of_rows(val: Tensor, rows: Sequence[Any]) -> bool:
-    """Whether a tensor has one number for each row: [..., 1]."""
-    return val.dim() == len(rows) + 1 and val.shape[-1] == 1 and all(bool(a == b) for a, b in zip(map(str, val.shape), map(str, rows)))
 
 
 # -------------------------------------------------------------------- quantise
@@ -124,7 +105,7 @@ def _static(b: Builder, a: Arguments, width: Any) -> tuple[dict[str, Any], bool]
     a.round_last  # noqa: B018
     for name in ("steps", "steps_reciprocal", "floor_mode", "floor", "compute_dtype", "scale_dtype", "with_zero", "symmetric"):
         getattr(a, name)  # they are of scales that are found
-    tensors = {"scale": _channels(b, "scale", a.scale, width), "zero_point": _channels(b, "zero_point", zero, width)}
+    tensors = {"scale": channels(b, "scale", a.scale, width), "zero_point": channels(b, "zero_point", zero, width)}
     return tensors, a.apply != "multiply"
 
 
@@ -176,29 +157,6 @@ def static_quantize(b: Builder, a: Arguments, cores: int) -> list[Node | None]:
 # -------------------------------------------------------------------- dequantise
 
 
-@dataclass(frozen=True)
-class _Roles:
-    """Scales by what they go along: rows [...], and channels [N] or one."""
-
-    rows: Node | None
-    channels: Node | None
-
-
-def _roles(b: Builder, scales: Sequence[Node | None], rows: Sequence[Any], width: Any) -> _Roles:
-    of_rows: Node | None = None
-    of_channels: Node | None = None
-    for scale in scales:
-        if scale is None:
-            continue
-        _require_floats(b, scale=scale)
-        if of_rows is None and rows and _is_of_rows(b.val(scale), rows) and not _ones_but_last(b.val(scale).shape):
-            of_rows = b.reshape(scale, [b.size(scale, dim) for dim in range(b.val(scale).dim() - 1)])
-        else:
-            b.require(of_channels is None, "both scales are of the channels")
-            of_channels = _channels(b, "scale", scale, width)
-    return _Roles(of_rows, of_channels)
-
-
 def _scaling(b: Builder, a: Arguments, prefix: str = "") -> None:
     """What the kernels demand of scales: one product after another in fp32."""
     compute, first = getattr(a, f"{prefix}compute_dtype"), getattr(a, f"{prefix}round_dtype")
@@ -217,25 +175,25 @@ def dequantize(b: Builder, a: Arguments, cores: int) -> Node:
     _scaling(b, a)
     out = a.out_dtype or torch.float32
     b.require(out in FLOATS, f"the result is {out}")
-    roles = _roles(b, (a.scale, a.scale2), val.shape[:-1], val.shape[-1])
+    found = roles(b, (a.scale, a.scale2), val.shape[:-1], val.shape[-1])
     zero = _zero_point(b, a.zero_point, val)
     bias = _bias(b, a.bias, val.shape[-1])
     a.bias_first  # noqa: B018  a bias of int32 is added first, and no other
     form: dict[str, Any] = {"out_dtype": out, "bias": bias, "cores": cores, **zero}
-    return b.emit(ops.dequantize.overload, a.x, roles.rows, roles.channels, **form)
+    return b.emit(ops.dequantize.overload, a.x, found.rows, found.channels, **form)
 
 
 def _zero_point(b: Builder, node: Node | None, x: Tensor) -> dict[str, Any]:
     if node is None:
         return {}
-    if _is_of_rows(b.val(node), x.shape[:-1]) and not _ones_but_last(b.val(node).shape):
+    if is_of_rows(b.val(node), x.shape[:-1]) and not ones_but_last(b.val(node).shape):
         rows = b.reshape(node, [b.size(node, dim) for dim in range(b.val(node).dim() - 1)])
         return {"row_zero_point": b.cast(rows, torch.float32)}
-    return {"zero_point": b.cast(_channels(b, "zero_point", node, x.shape[-1]) or node, torch.float32)}
+    return {"zero_point": b.cast(channels(b, "zero_point", node, x.shape[-1]) or node, torch.float32)}
 
 
 def _bias(b: Builder, node: Node | None, width: Any) -> Node | None:
-    bias = _channels(b, "bias", node, width)
+    bias = channels(b, "bias", node, width)
     b.require(bias is None or (b.val(bias).dim() == 1 and b.equal(b.val(bias).shape[0], width)), "the bias is not one a channel")
     return bias
 
@@ -247,13 +205,13 @@ def quant_linear(b: Builder, a: Arguments, cores: int) -> Node:
     _scaling(b, a)
     out = a.out_dtype or (torch.int32 if a.scale is None else torch.float32)
     b.require(out in (*FLOATS, torch.int32), f"the result is {out}")
-    roles = _roles(b, (a.scale, a.scale2), rows, width)
-    weight_scale = roles.channels
+    found = roles(b, (a.scale, a.scale2), rows, width)
+    weight_scale = found.channels
     if weight_scale is None and out != torch.int32:
         device = b.val(a.x).device
         weight_scale = b.emit(aten.full.default, [1], 1.0, dtype=torch.float32, device=device)
     form: dict[str, Any] = {"bias_first": a.bias_first, "out_dtype": out, "cores": cores}
-    return b.emit(matmul_ops.int8_matmul.overload, a.x, a.weight, weight_scale, roles.rows, _bias(b, a.bias, width), **form)
+    return b.emit(matmul_ops.int8_matmul.overload, a.x, a.weight, weight_scale, found.rows, _bias(b, a.bias, width), **form)
 
 
 # -------------------------------------------------------------------- norms
@@ -346,14 +304,14 @@ def dequant_glu_quant(b: Builder, a: Arguments, cores: int) -> list[Node | None]
     _symmetric(b, a, a.product_dtype or torch.float32, least=False)
     _scaling(b, a, "sum_")
     val = b.val(a.x)
-    roles = _roles(b, (a.sum_scale, a.sum_scale2), val.shape[:-1], val.shape[-1])
-    b.require(roles.channels is not None, "there is no scale of the weight's channels")
-    assert roles.channels is not None
-    b.require(b.val(roles.channels).dim() == 1 and b.equal(b.val(roles.channels).shape[0], val.shape[-1]), "the weight has one scale")
+    found = roles(b, (a.sum_scale, a.sum_scale2), val.shape[:-1], val.shape[-1])
+    b.require(found.channels is not None, "there is no scale of the weight's channels")
+    assert found.channels is not None
+    b.require(b.val(found.channels).dim() == 1 and b.equal(b.val(found.channels).shape[0], val.shape[-1]), "the weight has one scale")
     bias = _bias(b, a.sum_bias, val.shape[-1])
     a.sum_bias_first  # noqa: B018  a bias of int32 is added first, and no other
     dequant = a.sum_out_dtype if _is_exact(b) else None
     a.sum_out_dtype  # noqa: B018
     form: dict[str, Any] = {"bias": bias, "smooth_scale": a.smooth, "dequant_dtype": dequant, **_unit_form(b, a)}
-    call = b.emit(glu_ops.dequant_glu_quant.overload, a.x, roles.channels, roles.rows, **form, cores=cores)
+    call = b.emit(glu_ops.dequant_glu_quant.overload, a.x, found.channels, found.rows, **form, cores=cores)
     return _unit_scales(b, a, *b.results(call, 2))

@@ -6,7 +6,19 @@ defaults, optional outputs, layouts. Every argument of a schema is honoured, or 
 Where torch_npu is not installed the ops' fake kernels are registered as well.
 """
 
-from . import attention, cache, glu, kv_rmsnorm_rope_cache, matmul, norm, qkv_rms_norm_rope_cache, rope, weight_only
+from . import (
+    attention,
+    cache,
+    glu,
+    kv_rmsnorm_rope_cache,
+    matmul,
+    norm,
+    qkv_rms_norm_rope_cache,
+    quant,
+    quant_matmul,
+    rope,
+    weight_only,
+)
 from .registry import EmulationError, emulated_ops
 
 __all__ = [
@@ -19,6 +31,8 @@ __all__ = [
     "matmul",
     "norm",
     "qkv_rms_norm_rope_cache",
+    "quant",
+    "quant_matmul",
     "rope",
     "weight_only",
 ]

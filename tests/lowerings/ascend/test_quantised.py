@@ -1,0 +1,197 @@
+"""Quantising ops on Ascend: what becomes which op, what does not and why, and the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from npu_fusion.lower import REFERENCE
+from npu_fusion.ops.norm_quant import add_rms_norm_quant, dequant_glu_quant, glu_quant, rms_norm_quant
+from npu_fusion.ops.quant import quant_linear, quantize
+from tests.lowerings.ascend.checks import lower_call
+
+H, N = 128, 32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+FLOOR: dict[str, Any] = {"floor_mode": "amax", "floor": 1e-5, "compute_dtype": FP32}
+X = torch.randn(2, 3, H)
+X[0, 1] = 0  # a row without a largest number
+GAMMA, CHANNELS = torch.rand(H) + 0.5, torch.rand(H) * 20 + 1
+CODES, WEIGHT = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((2, 3, H), (N, H)))
+SUMS = torch.randint(-(2**16), 2**16, (2, 3, H), dtype=torch.int32)
+ROWS, COLUMNS, BIAS = torch.rand(2, 3, 1) * 0.01, torch.rand(N) * 0.01, torch.randn(N)
+ZERO = torch.tensor(3, dtype=torch.int32)
+Fn = Callable[..., Any]
+
+
+def halves(*tensors: Tensor, dtype: torch.dtype = BF16) -> tuple[Tensor, ...]:
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def results(found: Any) -> list[Tensor]:
+    return [result for result in (found if isinstance(found, (tuple, list)) else (found,)) if result.numel()]
+
+
+def assert_quantised(actual: list[Tensor], wanted: list[Tensor]) -> None:
+    """Numbers differ by one where a quotient lies in the middle, and seldom; floats by roundings."""
+    for a, w in zip(actual, wanted, strict=True):
+        assert (a.shape, a.dtype) == (w.shape, w.dtype)
+        if a.dtype in (torch.int8, torch.uint8):
+            apart = (a.int() - w.int()).abs()
+            assert apart.max() <= 1
+            assert (apart != 0).float().mean() < 0.08
+        else:
+            torch.testing.assert_close(a, w, rtol=1.6e-2 if a.dtype == BF16 else 2e-3, atol=2e-6)
+
+
+TAKEN: dict[str, tuple[Fn, tuple[Tensor, ...], str]] = {
+    "rows": (lambda x: quantize(x, **FLOOR), halves(X), "npu_dynamic_quant"),
+    "rows, fp16": (lambda x: quantize(x, apply="reciprocal", low=-127.0, **FLOOR), halves(X, dtype=FP16), "npu_dynamic_quant"),
+    "rows, smoothed": (lambda x, s: quantize(x, smooth=s, **FLOOR), halves(X, GAMMA), "npu_dynamic_quant"),
+    "rows, zero is one": (lambda x: quantize(x, floor_mode="one", compute_dtype=FP32), halves(X), "npu_dynamic_quant"),
+    "channels, divided": (lambda x, s: quantize(x, s), (X, GAMMA / 16), "npu_quantize"),
+    "channels, multiplied": (lambda x, s: quantize(x, s, apply="multiply"), (*halves(X), CHANNELS), "npu_quantize"),
+    "one scale and zero": (lambda x, s, z: quantize(x, s, z, round_last=True), (X, torch.tensor(0.05), ZERO), "npu_quantize"),
+    "a scale, zeros": (lambda x, s, z: quantize(x, s, z, apply="multiply"), (X, torch.tensor([9.0]), ZERO.expand(H)), "npu_quantize"),
+    "unsigned": (
+        lambda x, s, z: quantize(x, s, z, round_last=True, low=0.0, high=255.0, dtype=torch.uint8),
+        (*halves(X), torch.tensor(0.05), ZERO),
+        "npu_quantize",
+    ),
+    "sum": (lambda x, r, w: add_rms_norm_quant(x, r, w, 1e-5, **FLOOR), halves(X, X.flip(0), GAMMA), "npu_add_rms_norm_dynamic_quant"),
+    "sum, smoothed": (
+        lambda x, r, w: add_rms_norm_quant(x, r, w, 1e-5, smooth=w, round_dtype=FP16, **FLOOR),
+        halves(X, X.flip(0), GAMMA, dtype=FP16),
+        "npu_add_rms_norm_dynamic_quant",
+    ),
+    "sum, given": (
+        lambda x, r, w, s: add_rms_norm_quant(x, r, w, 1e-5, s, ZERO, apply="multiply"),
+        (*halves(X, X.flip(0), GAMMA), CHANNELS),
+        "npu_add_rms_norm_quant",
+    ),
+    "sum, one given": (
+        lambda x, r, w, s: add_rms_norm_quant(x, r, w, 1e-5, s, round_dtype=FP16),
+        (*halves(X, X.flip(0), GAMMA, dtype=FP16), torch.tensor(0.05)),
+        "npu_add_rms_norm_quant",
+    ),
+    "unit": (lambda x: glu_quant(x, None, **FLOOR), halves(X), "npu_swiglu_quant"),
+    "unit, swapped": (lambda x, s: glu_quant(x, None, layout="swapped", smooth=s, **FLOOR), (X, GAMMA[: H // 2]), "npu_swiglu_quant"),
+    "unit of sums": (
+        lambda x, r, c: dequant_glu_quant(x, r, c, sum_out_dtype=BF16, product_dtype=BF16, **FLOOR),
+        (SUMS, ROWS, CHANNELS * 1e-4),
+        "npu_dequant_swiglu_quant",
+    ),
+    "unit of sums, bias": (
+        lambda x, r, c, b: dequant_glu_quant(x, c, r, sum_bias=b, sum_bias_first=True, layout="swapped", smooth=c[: H // 2], **FLOOR),
+        (SUMS, ROWS, CHANNELS * 1e-4, SUMS[0, 0]),
+        "npu_dequant_swiglu_quant",
+    ),
+    "linear": (lambda x, w, r, c: quant_linear(x, w.t(), r, c, out_dtype=BF16), (CODES, WEIGHT, ROWS, COLUMNS), "npu_quant_matmul"),
+    "linear, fp16": (
+        lambda x, w, c, b: quant_linear(x, w.t(), c, None, b, out_dtype=FP16),
+        (CODES, WEIGHT, COLUMNS, BIAS.half()),
+        "npu_quant_matmul",
+    ),
+    "linear, bias first": (
+        lambda x, w, r, b: quant_linear(x, w.t(), r, None, b, bias_first=True, out_dtype=BF16),
+        (CODES, WEIGHT, ROWS, BIAS.int()),
+        "npu_quant_matmul",
+    ),
+    "product": (lambda x, w: quant_linear(x, w.t()), (CODES, WEIGHT), "npu_quant_matmul"),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("case", TAKEN)
+def test_taken(case: str, dynamic: bool) -> None:
+    fn, inputs, name = TAKEN[case]
+    if dynamic:
+        inputs = tuple(x.clone() for x in inputs)
+        fn, inputs = _with_dynamic_rows(fn, inputs)
+    found = lower_call(lambda *args: results(fn(*args)), *inputs)
+    assert found.provider == f"npu.{name}", found.reason
+    assert f"npu.{name}" in found.targets()
+    assert_quantised(results(found.gm(*inputs)), results(fn(*inputs)))
+
+
+def _with_dynamic_rows(fn: Fn, inputs: tuple[Tensor, ...]) -> tuple[Fn, tuple[Tensor, ...]]:
+    """The same for rows in one dimension."""
+    flat = tuple(x.flatten(0, 1) if x.dim() == 3 else x for x in inputs)
+    return fn, flat
+
+
+@pytest.mark.parametrize(
+    ("call", "inputs", "reason"),
+    [
+        (lambda x: quantize(x, **FLOOR), (X,), "input is float32, not float16 or bfloat16"),
+        (lambda x: quantize(x, steps=127.5), halves(X), "it makes 127 steps, the model 127.5"),
+        (lambda x: quantize(x, floor_mode="scale", floor=0.1), halves(X), "is no small one"),
+        (lambda x: quantize(x, floor_mode="add_scale", floor=1e-5), halves(X), "no floor of the kind 'add_scale'"),
+        (lambda x: quantize(x, high=63.0), halves(X), "its numbers go up to 127"),
+        (lambda x: quantize(x, per_tensor=True), halves(X), "a scale for each row"),
+        (lambda x: quantize(x, symmetric=False, with_zero=True, steps=255.0), halves(X), "does not round the zero point"),
+        (lambda x: 1 / quantize(x, **FLOOR)[1], halves(X), "the model does more with it than multiply"),
+        (lambda x: quantize(x, torch.ones(2, 3, 1)), (X,), "scale differs from row to row"),
+        (lambda x: quantize(x, torch.ones(()), low=-127.0), (X,), "it clamps to the range of bytes"),
+        (lambda x: quantize(x, torch.ones(()), apply="reciprocal"), (X,), "the reciprocal of the scale"),
+        (lambda x, w: quant_linear(x, w.t(), torch.ones((), dtype=torch.float64), compute_dtype=torch.float64), (CODES, WEIGHT), "float64"),
+    ],
+)
+def test_refused(call: Fn, inputs: tuple[Tensor, ...], reason: str) -> None:
+    found = lower_call(call, *inputs)
+    assert found.provider == REFERENCE
+    assert reason in found.reason
+
+
+def test_exact_rounding() -> None:
+    """With `rounding="exact"` dynamic scales stay the reference's; given ones are taken where the model divides in fp32."""
+    found = lower_call(lambda x: quantize(x), *halves(X), rounding="exact")
+    assert "rounding is 'exact'" in found.reason
+    found = lower_call(lambda x: quantize(x, torch.tensor(0.05)), X, rounding="exact")
+    assert torch.equal(found.gm(X)[0], quantize(X, torch.tensor(0.05))[0])
+    found = lower_call(lambda x: quantize(x, torch.tensor(0.05), ZERO), X, rounding="exact")
+    assert "before it rounds" in found.reason
+    found = lower_call(lambda x: quantize(x, torch.tensor(0.05), value_dtype=BF16), *halves(X), rounding="exact")
+    assert "computes the quotient in fp32" in found.reason
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"combined": True, "round_dtype": BF16, "out_dtype": BF16}, {"compute_dtype": BF16}, {"bias_first": True, "out_dtype": FP16}],
+)
+def test_sums_then_scales_give_the_models_bits(options: dict[str, Any]) -> None:
+    """Float32 results, and any others with exact rounding: whole sums by the op, the scales step by step."""
+    bias = BIAS.int() if "bias_first" in options else BIAS
+
+    def fn(x: Tensor, w: Tensor, r: Tensor, c: Tensor, b: Tensor) -> Tensor:
+        y: Tensor = quant_linear(x, w.t(), r, c, b, **options)
+        return y
+
+    inputs = (CODES, WEIGHT, ROWS, COLUMNS, bias)
+    found = lower_call(fn, *inputs, rounding="exact")
+    assert found.provider == "npu.npu_quant_matmul + aten"
+    assert torch.equal(found.gm(*inputs), fn(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("call", "inputs", "parts"),
+    [
+        (lambda x, w: rms_norm_quant(x, w, 1e-5, **FLOOR), halves(X, GAMMA), "npu.npu_rms_norm + npu.npu_dynamic_quant"),
+        (lambda x, w: rms_norm_quant(x, w, 1e-5, torch.tensor(0.05)), halves(X, GAMMA), "npu.npu_rms_norm + npu.npu_quantize"),
+        (
+            lambda x, r, w: add_rms_norm_quant(x, r, w, 1e-5, return_norm=True, **FLOOR),
+            halves(X, X.flip(0), GAMMA),
+            "npu.npu_add_rms_norm_cast + npu.npu_dynamic_quant",
+        ),
+        (lambda x: glu_quant(x, None, gate_limit=7.0, **FLOOR), halves(X), "npu.npu_clipped_swiglu + npu.npu_dynamic_quant"),
+        (lambda g, u: glu_quant(g, u, **FLOOR), halves(X, X.flip(0)), "aten.cat + npu.npu_swiglu + npu.npu_dynamic_quant"),
+    ],
+)
+def test_taken_apart(call: Fn, inputs: tuple[Tensor, ...], parts: str) -> None:
+    """What no op takes as a whole: each part by its own."""
+    found = lower_call(lambda *args: results(call(*args)), *inputs)
+    assert found.provider == parts, found.reason
+    assert_quantised(results(found.gm(*inputs)), results(call(*inputs)))
