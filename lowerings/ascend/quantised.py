@@ -178,9 +178,9 @@ def _static(b: Builder, a: Arguments, width: Any, source: torch.dtype) -> tuple[
 
 
 def _vector(b: Builder, node: Node, like: Node | None = None) -> Node:
-    """A scale or zero point of one dimension, as long as `like` where that is given."""
+    """A scale or zero point of one dimension; one number as often as `like` has some, where that is given."""
     node = b.reshape(node, [1]) if b.val(node).dim() == 0 else node
-    if like is None or b.equal(b.val(node).shape[0], b.val(like).shape[0]):
+    if like is None or not b.equal(b.val(node).shape[0], 1) or b.equal(b.val(like).shape[0], 1):
         return node
     return b.contiguous(b.emit(aten.expand.default, node, [b.size(like, 0)]))
 
