@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import npu_fusion
 from npu_fusion.lower import REFERENCE
 from npu_fusion.ops.norm_quant import add_rms_norm_quant, dequant_glu_quant, glu_quant, rms_norm_quant
 from npu_fusion.ops.quant import quant_linear, quantize
@@ -195,3 +196,46 @@ def test_taken_apart(call: Fn, inputs: tuple[Tensor, ...], parts: str) -> None:
     found = lower_call(lambda *args: results(call(*args)), *inputs)
     assert found.provider == parts, found.reason
     assert_quantised(results(found.gm(*inputs)), results(call(*inputs)))
+
+
+# -------------------------------------------------------------------- a model
+
+
+class Block(torch.nn.Module):
+    """Residual sum, RMSNorm, int8 activations by rows, an int8 linear; a SwiGLU whose result is quantised for another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.Parameter((torch.rand(H) + 0.5).bfloat16())
+        for name, shape in (("up", (2 * H, H)), ("down", (H, H))):
+            self.register_buffer(name, torch.randint(-127, 128, shape, dtype=torch.int8))
+            self.register_buffer(f"{name}_scale", torch.rand(shape[0]) * 1e-3 + 1e-3)
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        weight, weight_scale = self.get_buffer(name), self.get_buffer(f"{name}_scale")
+        scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-5) / 127
+        q = (x.float() / scale).round().clamp(-128, 127).to(torch.int8)
+        return (torch._int_mm(q, weight.t()).float() * scale * weight_scale).to(x.dtype)
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        h = total.float()
+        h = self.norm * (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        gate, up = self.linear(h, "up").chunk(2, -1)
+        return self.linear(torch.nn.functional.silu(gate) * up, "down"), total
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_model(dynamic: bool) -> None:
+    block = Block()
+    x, residual = (torch.randn(32, H).bfloat16() for _ in range(2))
+    compiled = torch.compile(block, backend="npu_fusion", dynamic=dynamic, options={"target": "ascend910b", "emulate": True})
+    with torch.no_grad():
+        for actual, wanted in zip(compiled(x, residual), block(x, residual), strict=True):
+            error = (actual.double() - wanted.double()).square().mean().sqrt()
+            assert error <= 2e-2 * wanted.double().square().mean().sqrt()
+    report = npu_fusion.report(compiled)
+    report.expect(rms_norm=1, residual_add=1, glu=1, quantize=2, dequantize=2)
+    ran = {site.lowered_to for site in report.sites if site.fused}
+    assert ran >= {"npu.npu_add_rms_norm_dynamic_quant"}
+    assert not any(REFERENCE in str(name) for name in ran), str(report)
