@@ -5,7 +5,7 @@ print(npu_fusion.explain(model, example_input))
 """
 
 from . import ops, patterns
-from .backend import npu_fusion_backend, register
+from .backend import npu_fusion_backend, register, reload_weights
 from .config import FusionConfig
 from .errors import ConfigError, NpuFusionError, ReportError, RuleError, UnsupportedInputError, VerificationError
 from .explain import explain
@@ -44,6 +44,7 @@ __all__ = [
     "ops",
     "patterns",
     "register_rule",
+    "reload_weights",
     "report",
     "rule",
     "torchair_config",

@@ -19,10 +19,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import lift, torch_private
 from .aot import trace
+from .assume import Assumptions, offer
 from .config import FusionConfig
 from .errors import NpuFusionError
 from .execute import FUNCTIONAL, Boxed, eager, execute, resolve_executor
 from .graph_breaks import break_reason
+from .prepare import take_out
 from .record import GraphRecord
 from .reinplace import reinplace
 from .simplify import fold_constants
@@ -122,9 +124,13 @@ class FusionBackend:
         with _timed(record, "execute"):
             merged = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")][len(inputs) :]
             run = execute(gm, [*inputs, *merged], record)
+        if record.prepared is not None:
+            run = record.prepared.supply(run)
         if record.checks:
             run = _verified(run, record)
-        return run if record.weights is None else record.weights.supply(run)
+        if record.weights is not None:
+            run = record.weights.supply(run)
+        return run if record.assumptions is None else record.assumptions.guard(run, lambda: eager(_unfused(gm, original)))
 
 
 def _rewrite(gm: GraphModule, record: GraphRecord, real_inputs: Sequence[Any]) -> bool:
@@ -152,7 +158,13 @@ def _rewrite_stages(gm: GraphModule, record: GraphRecord, real_inputs: Sequence[
     from .pipeline import fuse_graph
 
     config = record.config
+    offers = offer(gm, real_inputs) if config.read_index_buffers else []
     fuse_graph(gm, config, record, real_inputs)
+    for offered in offers:
+        offered.close()
+    if read := [offered for offered in offers if offered.held is not None]:
+        record.assumptions = Assumptions(read)
+        record.notes.append(f"relies on the numbers in {len(read)} small integer buffers of the model (read_index_buffers=True)")
     with _timed(record, "lower"):
         if config.executor == "inductor":
             from .lowerings.inductor import expand_for_inductor
@@ -162,6 +174,9 @@ def _rewrite_stages(gm: GraphModule, record: GraphRecord, real_inputs: Sequence[
             fold_constants(gm, record.dry_run)
         cannot_run = None if record.dry_run else elsewhere(gm, config)
         lower_graph(gm, config, record, reference_only=cannot_run)
+        if config.keep_prepared_weights and not record.dry_run:
+            record.prepared = take_out(gm, real_inputs)
+            record.notes += [] if record.prepared is None else [record.prepared.note]
     if config.executor not in FUNCTIONAL:
         with _timed(record, "reinplace"):
             reinplace(gm, record)
@@ -173,7 +188,7 @@ def _run_unfused(gm: GraphModule, original: Graph, record: GraphRecord) -> None:
     """Put the graph back to what AOT traced, and say in the record that nothing is fused."""
     gm.graph = original
     lift.restore(gm)
-    record.sites, record.checks, record.weights = [], [], None
+    record.sites, record.checks, record.weights, record.prepared, record.assumptions = [], [], None, None, None
     aten = _unfused(gm, copy.deepcopy(original))
     record.stages = {"aten": aten, "fused": aten}
 
@@ -272,6 +287,22 @@ def records_of(compiled: Any) -> list[GraphRecord]:
         for context in torch_private.compile_contexts_of(compiled):
             found.update(_OWNED.get(context, {}))
     return list(found.values())
+
+
+def reload_weights(compiled: Any) -> None:
+    """Let a compiled object take note of new weights at its next call.
+
+    Needed only after packed weights (with `keep_prepared_weights=True`) or small integer buffers that say how they are packed were written
+    to in a way that PyTorch does not count: through `weight.data`, by a collective or a foreign kernel.
+
+    Args:
+        compiled: as for `report`.
+    """
+    for record in records_of(compiled):
+        if record.prepared is not None:
+            record.prepared.forget()
+        if record.assumptions is not None:
+            record.assumptions.forget()
 
 
 def forget_records() -> None:

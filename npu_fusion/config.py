@@ -39,6 +39,11 @@ class FusionConfig:
         verify: run every replaced subgraph beside its fused op on the first real inputs, and raise `VerificationError` on a mismatch.
         emulate: run an Ascend lowering on CPU tensors; where Triton's interpreter is asked for (TRITON_INTERPRET=1), a CUDA one too.
         merge_weights: let linears that share an input be merged into one where a rule needs it.
+        keep_prepared_weights: keep packed weights, scales and zero points as kernels want them beside the model's own, in place of laying
+            them out at every call: faster, for the memory of such weights once more. Writes that PyTorch does not count, to `weight.data`
+            say, then need `npu_fusion.reload_weights`.
+        read_index_buffers: let rules read, when a graph is compiled, small integer buffers that say how weights are packed and grouped
+            (`g_idx`, tables of shifts). A call for which they hold other numbers runs the graph unfused.
 
     Raises:
         ConfigError: an unknown target, rounding, executor or rule, or a value of the wrong type; the message lists what is known.
@@ -54,6 +59,8 @@ class FusionConfig:
     verify: bool = False
     emulate: bool = False
     merge_weights: bool = True
+    keep_prepared_weights: bool = False
+    read_index_buffers: bool = True
     executor_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
     capture_limit: int = 64
 
@@ -61,7 +68,7 @@ class FusionConfig:
         _check_choice("target", self.target, TARGETS)
         _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("executor", self.executor, EXECUTORS)
-        for name in ("verify", "emulate", "merge_weights"):
+        for name in ("verify", "emulate", "merge_weights", "keep_prepared_weights", "read_index_buffers"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"option {name!r} takes True or False, not {getattr(self, name)!r}")
         object.__setattr__(self, "executor_options", _as_pairs("executor_options", self.executor_options))

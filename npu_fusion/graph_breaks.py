@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Any
+from pathlib import PurePath
 
 from torch.fx import GraphModule
 
@@ -16,11 +16,17 @@ _INSTRUCTIONS = {
     "step_unsupported": "Unsupported instruction",
     "store_attr": "Attribute written",
 }
+# Breaks for a size or a branch that depends on numbers, as of experts that look up which tokens are theirs.
+_BY_DATA = re.compile(r"Dynamic shape operator|Data-dependent|\.item\(\)|tolist|nonzero", re.IGNORECASE)
+_OF_TRANSFORMERS = 'model.set_experts_implementation("grouped_mm") makes it one graph'
+_OF_OTHERS = "experts by torch.histc and torch.nn.functional.grouped_mm, or by gathered matrices (weight[ids]), make it one graph"
 _EXPLANATION = re.compile(r"^\s*Explanation:\s*(.+)$", re.MULTILINE)
 
 
 def break_reason(gm: GraphModule) -> str | None:
     """Why Dynamo ended this graph before the function did, e.g. `Data-dependent branching, at model.py:27`; None where it did not.
+
+    Where experts look up their tokens, the way to do without follows.
 
     Args:
         gm: the graph as Dynamo hands it to a backend.
@@ -29,8 +35,12 @@ def break_reason(gm: GraphModule) -> str | None:
     if reason is None or not reason.graph_break:
         return None
     text = describe(reason.reason)
-    place = _innermost(reason.user_stack)
-    return f"{text}, at {place}" if place else text
+    frames = list(reason.user_stack or ())
+    if not frames:
+        return text
+    frame = frames[-1]
+    advice = _advice(text, frame.filename, frame.line or "")
+    return f"{text}, at {frame.filename}:{frame.lineno}" + (f"; {advice}" if advice else "")
 
 
 def break_counts() -> Counter[str]:
@@ -51,6 +61,8 @@ def describe(reason: str) -> str:
     return f"{title} ({explanation.group(1).strip().rstrip('.')})" if explanation else title
 
 
-def _innermost(stack: Any) -> str | None:
-    frames = list(stack or ())
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
+def _advice(reason: str, filename: str, line: str) -> str | None:
+    """How to do without a break at this line of code: for experts that are looked up by numbers. None where there is nothing to say."""
+    if not _BY_DATA.search(reason) or "expert" not in line.lower():
+        return None
+    return _OF_TRANSFORMERS if "transformers" in PurePath(filename).parts else _OF_OTHERS

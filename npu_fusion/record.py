@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule
 
+from .assume import Assumptions
 from .config import FusionConfig
+from .prepare import WeightPreparer
 from .verify import Check
 from .weights import WeightMerger
 
@@ -75,6 +77,8 @@ class GraphRecord:
         seconds: stage to the seconds spent in it.
         checks: what `verify=True` compares on the first run.
         weights: what supplies the merged weights that the graph takes as further inputs; None where there are none.
+        prepared: what supplies the weights that are kept as kernels want them; None where there are none.
+        assumptions: which numbers of the model's buffers the graph relies on; None where on none.
         graph_break: why Dynamo ended the graph before the function did; None where it did not.
         calls: how often the compiled graph ran.
         dry_run: whether the graph is compiled to be looked at, for a target that need not be here, and never runs.
@@ -88,6 +92,8 @@ class GraphRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
     weights: WeightMerger | None = None
+    prepared: WeightPreparer | None = None
+    assumptions: Assumptions | None = None
     graph_break: str | None = None
     calls: int = 0
     dry_run: bool = False

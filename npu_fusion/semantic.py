@@ -35,7 +35,7 @@ class SemanticOp:
     """One semantic op: its family, schema, reference and fake kernel.
 
     Calling it runs the torch operator, so that a call can be traced, faked and profiled like any other. `parts` names the ops that compute
-    the same one after the other, where it stands for several.
+    the same one after the other, where it stands for several; its reference is written with them (see decompose.py).
     """
 
     name: str

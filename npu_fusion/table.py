@@ -70,6 +70,10 @@ def config_line(report: FusionReport) -> str:
     parts += [name for name in ("verify", "emulate") if getattr(config, name)]
     if not config.merge_weights:
         parts.append("merge_weights=False")
+    if config.keep_prepared_weights:
+        parts.append("keep_prepared_weights=True")
+    if not config.read_index_buffers:
+        parts.append("read_index_buffers=False")
     return " ".join(parts)
 
 

@@ -250,7 +250,7 @@ class _Emitter:
             self.parts.add(part)
             start += linear.size
         for linear in group:
-            _erase_dead(linear.result)
+            erase_dead(linear.result)
 
     def _input(self, name: str, parts: Sequence[Node], positions: Sequence[int]) -> Node:
         assert self.last_input is not None
@@ -303,13 +303,13 @@ def _has_static_sizes(node: Node) -> bool:
     return isinstance(val, Tensor) and all(type(size) is int for size in val.shape)
 
 
-def _erase_dead(node: Node) -> None:
+def erase_dead(node: Node) -> None:
     """Erase a node without users, and what only it needed."""
     if not node.users and node.op == "call_function":
         operands = node.all_input_nodes
         node.graph.erase_node(node)
         for operand in operands:
-            _erase_dead(operand)
+            erase_dead(operand)
 
 
 # -------------------------------------------------------------------- merged weights at run time

@@ -5,10 +5,14 @@ if __name__ != "npu_fusion.patterns":
 
 from . import (
     attention,  # noqa: F401
+    experts,  # noqa: F401
+    experts_gathered,  # noqa: F401
     glu,  # noqa: F401
+    int4_linear,  # noqa: F401
     matmul,  # noqa: F401
     mla,  # noqa: F401
     mla_absorbed,  # noqa: F401
+    moe,  # noqa: F401
     norm,  # noqa: F401
     norm_quant,  # noqa: F401
     quant,  # noqa: F401

@@ -87,9 +87,8 @@ def _along(tensor: Pattern) -> Pattern:
 in_floats = op("matmul", cast(anything()), cast(anything())).where(_is_product, "no exact product of whole numbers")
 whole = any_of(cast(number), any_of(sem("quantize"), opt_view(in_floats, "reshape")).as_("carried"))
 biased = cast(number + opt_cast(var("whole_bias")))
-centred = any_of(
-    whole - _along(zero), cast(number - opt_cast(zero)), whole + lit("minus_zero"), cast(number + lit("minus_zero")), biased, whole
-)
+in_integers = any_of(number - opt_cast(zero), number + lit("minus_zero")).as_("difference")
+centred = any_of(whole - _along(zero), cast(in_integers), whole + lit("minus_zero"), biased, whole)
 first_scale = any_of(lit("scale_number"), _along(scale))
 scaled = any_of(
     (opt_cast((opt_cast(centred) * _along(scale)).as_("first")) * _along(scale2)).as_("site"),
@@ -142,7 +141,20 @@ def check_dequantize(m: Match) -> Reject | None:
         return Reject("the scale is not known at compile time", site)
     if "minus_zero" in m and m.number("minus_zero") is None:
         return Reject("the zero point is not known at compile time", site)
+    if "difference" in m and not _holds_difference(m["difference"]):
+        return Reject("the zero point is subtracted in a type in which the difference may wrap", m["difference"])
     return _check_sum(m) or _check_types(m)
+
+
+def _holds_difference(difference: Value) -> bool:
+    """Whether what is subtracted cannot wrap: in int32 at the least, or in a type wider than the stored numbers and zero points."""
+    dtype = difference.dtype
+    if dtype is None or bits(dtype) or dtype in (torch.int32, torch.int64):
+        return dtype is not None
+    operands = [arg.args[0] if arg.op == "cast" else arg for arg in difference.args if isinstance(arg, Value)]
+    stored = [v.dtype for v in operands if v.ndim and v.dtype is not None]
+    whole = all(not bits(kind) and kind is not torch.bool for kind in stored)
+    return bool(stored) and whole and torch.iinfo(dtype).bits > max(torch.iinfo(kind).bits for kind in stored)
 
 
 def _check_sum(m: Match) -> Reject | None:

@@ -141,3 +141,21 @@ def test_reasons_are_one_line() -> None:
     assert title_of(long) == "Unsupported call"
     assert describe(long) == "Unsupported call (Dynamo cannot do this)"
     assert describe("generic_jump TensorVariable()") == "Data-dependent branching"
+
+
+def test_experts_that_look_up_their_tokens_are_told_the_way_to_one_graph() -> None:
+    def experts(x: Tensor, mask: Tensor) -> Tensor:
+        expert_hit = mask.sum(0).nonzero()
+        return x * 2 + expert_hit.sum()
+
+    [reason] = explain(experts, torch.ones(2, 4), torch.ones(2, 4)).graph_breaks
+    assert "nonzero" in reason
+    assert "grouped_mm" in reason
+
+
+def test_other_lookups_are_not() -> None:
+    def rows(x: Tensor) -> Tensor:
+        return x * 2 + (x > 0).nonzero().sum()
+
+    [reason] = explain(rows, torch.ones(2, 4)).graph_breaks
+    assert "grouped_mm" not in reason

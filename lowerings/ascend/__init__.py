@@ -8,6 +8,19 @@
 - `emulation/` has CPU kernels of the ops, so that an Ascend lowering can be run, and its numbers tested, without an NPU.
 """
 
-from . import attention, cache, capture_facts, glu, matmul, norm, norm_rope_cache, quantised, rope, weight_only
+from . import attention, cache, capture_facts, experts, glu, matmul, moe, norm, norm_rope_cache, quant, rope, weight_only
 
-__all__ = ["attention", "cache", "capture_facts", "glu", "matmul", "norm", "norm_rope_cache", "quantised", "rope", "weight_only"]
+__all__ = [
+    "attention",
+    "cache",
+    "capture_facts",
+    "experts",
+    "glu",
+    "matmul",
+    "moe",
+    "norm",
+    "norm_rope_cache",
+    "quant",
+    "rope",
+    "weight_only",
+]

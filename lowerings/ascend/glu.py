@@ -160,7 +160,7 @@ def gelu_mul(b: Builder, a: Arguments, npu: Npu) -> Node:
 # -------------------------------------------------------------------- activation and product
 
 
-def _product(b: Builder, a: Arguments, activate: Callable[[Node], Node]) -> Node:
+def activated_product(b: Builder, a: Arguments, activate: Callable[[Node], Node]) -> Node:
     """The activation by one op and the product by another: the activated gate is rounded to the dtype of the gate in between."""
     gate, up = _parts(b, a)
     dtype, out = b.val(gate).dtype, _out_dtype(b, a)
@@ -176,14 +176,14 @@ def _product(b: Builder, a: Arguments, activate: Callable[[Node], Node]) -> Node
 def gelu_and_product(b: Builder, a: Arguments, npu: Npu) -> Node:
     """npu_gelu, because aten.gelu is its tanh approximation on an NPU whatever is asked for."""
     b.only_if(a.activation in _GELUS)
-    return _product(b, a, lambda gate: npu("npu::npu_gelu", gate, approximate=_MODES[_GELUS[a.activation]]))
+    return activated_product(b, a, lambda gate: npu("npu::npu_gelu", gate, approximate=_MODES[_GELUS[a.activation]]))
 
 
 @provides("glu", "npu::npu_fast_gelu", rank=1, name="npu.npu_fast_gelu + aten.mul")
 def fast_gelu_and_product(b: Builder, a: Arguments, npu: Npu) -> Node:
     """QuickGELU, x * sigmoid(1.702 x), times up."""
     b.only_if(a.activation == "silu" and a.alpha == _FAST_GELU_ALPHA)
-    return _product(b, a, lambda gate: npu("npu::npu_fast_gelu", gate))
+    return activated_product(b, a, lambda gate: npu("npu::npu_fast_gelu", gate))
 
 
 _ATEN: dict[str, tuple[Any, ...]] = {
@@ -205,7 +205,7 @@ def _provide_product(activation: str, ops: tuple[Any, ...]) -> None:
                 gate = b.emit(op, gate)
             return gate
 
-        return _product(b, a, activate)
+        return activated_product(b, a, activate)
 
 
 for _activation, _ops in _ATEN.items():

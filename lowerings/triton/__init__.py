@@ -17,6 +17,7 @@ FAMILIES = (
     "glu",
     "glu_quant",
     "w4a16",
+    "weight_only",
     "int8_matmul",
     "rope",
     "rope_norm",
@@ -24,6 +25,8 @@ FAMILIES = (
     "norm_quant",
     "quantised",
     "attention",
+    "moe",
+    "experts",
 )
 
 

@@ -14,7 +14,18 @@ from torch import Tensor
 from torch.fx import Node
 
 from ...lower import Arguments, Builder
-from ..scales import channels, is_of_rows, ones_but_last, roles
+from ..quant_forms import (
+    bias_of_channels,
+    channels,
+    is_exact,
+    is_of_rows,
+    ones_but_last,
+    require_fp32,
+    roles_of,
+    rows_of,
+    scales_of,
+    scaling,
+)
 from . import glu_quant as glu_ops
 from . import int8_matmul as matmul_ops
 from . import norm_quant as norm_ops
@@ -28,19 +39,9 @@ _STEPS = 127.0
 _SPAN = 255.0
 
 
-def _is_exact(b: Builder) -> bool:
-    return b.config.rounding == "exact"
-
-
 def _require_floats(b: Builder, **tensors: Node | None) -> None:
     for name, node in tensors.items():
         b.require(node is None or b.val(node).dtype in FLOATS, f"{name} is {None if node is None else b.val(node).dtype}")
-
-
-def _require_fp32(b: Builder, what: str, *dtypes: torch.dtype | None) -> None:
-    """With exact rounding: the model computes in fp32, as the kernels do."""
-    other = next((dtype for dtype in dtypes if dtype not in (None, torch.float32)), None)
-    b.require(not _is_exact(b) or other is None, f"the model computes {what} in {other}, the kernel in fp32: rounding is 'exact'")
 
 
 # -------------------------------------------------------------------- quantise
@@ -60,7 +61,7 @@ def _integral(b: Builder, a: Arguments) -> None:
     b.require(a.high == 127 and a.low in (-128, -127), f"the kernel clamps to 127, the model to [{a.low}, {a.high}]")
     b.require(a.smooth is None or not a.smooth_divide, "the kernel multiplies by the smoothing vector, the model divides")
     b.require(not a.per_tensor, "the kernel finds a scale for each row, the model one for all")
-    _require_fp32(b, "the quotient", a.value_dtype)
+    require_fp32(b, "the quotient", a.value_dtype)
 
 
 def _min_scale(b: Builder, a: Arguments, least: bool) -> float:
@@ -71,26 +72,19 @@ def _min_scale(b: Builder, a: Arguments, least: bool) -> float:
         if least and floor >= SMALLEST_SCALE:
             return float(floor)
     b.require(mode in ("none", "amax", "scale"), f"the kernel has no floor of the kind {mode!r}")
-    b.require(mode == "none" or not _is_exact(b), "the kernel has no least scale of that size: rounding is 'exact'")
+    b.require(mode == "none" or not is_exact(b), "the kernel has no least scale of that size: rounding is 'exact'")
     return 0.0
 
 
 def _symmetric(b: Builder, a: Arguments, source: torch.dtype, least: bool = True) -> _Found:
     _integral(b, a)
     b.require(a.steps == _STEPS, f"the kernel has 127 steps, the model {a.steps}")
-    _require_fp32(b, "the scale", a.compute_dtype or source, a.scale_dtype)
+    require_fp32(b, "the scale", a.compute_dtype or source, a.scale_dtype)
     plain = a.apply in ("divide", "reciprocal") and not a.steps_reciprocal
-    b.require(plain or not _is_exact(b), "the model finds or applies the scale by a reciprocal of its own: rounding is 'exact'")
+    b.require(plain or not is_exact(b), "the model finds or applies the scale by a reciprocal of its own: rounding is 'exact'")
     a.round_last  # noqa: B018  there is no zero point
     a.with_zero  # noqa: B018
     return _Found(_min_scale(b, a, least), a.apply == "divide")
-
-
-def _scales(b: Builder, a: Arguments, x: Node, scale: Node) -> Node:
-    """The scales [..., 1] as the model has them."""
-    sizes = [b.size(x, dim) for dim in range(b.val(x).dim() - 1)]
-    dtype = a.scale_dtype or a.compute_dtype or b.val(x).dtype
-    return b.cast(b.reshape(scale, [*sizes, 1]), dtype)
 
 
 def _static(b: Builder, a: Arguments, width: Any) -> tuple[dict[str, Any], bool]:
@@ -100,8 +94,8 @@ def _static(b: Builder, a: Arguments, width: Any) -> tuple[dict[str, Any], bool]
     known = a.zero_point is None or b.val(a.zero_point).dtype in ops.ZERO_POINTS
     zero = a.zero_point if known else b.cast(a.zero_point, torch.int32)
     b.require(known or not b.val(a.zero_point).is_floating_point(), "the zero point is float64")
-    b.require(a.apply in ("divide", "multiply") or not _is_exact(b), "the model multiplies by the reciprocal: rounding is 'exact'")
-    b.require(zero is None or a.round_last or not _is_exact(b), "the kernel adds the zero point before it rounds: rounding is 'exact'")
+    b.require(a.apply in ("divide", "multiply") or not is_exact(b), "the model multiplies by the reciprocal: rounding is 'exact'")
+    b.require(zero is None or a.round_last or not is_exact(b), "the kernel adds the zero point before it rounds: rounding is 'exact'")
     a.round_last  # noqa: B018
     for name in ("steps", "steps_reciprocal", "floor_mode", "floor", "compute_dtype", "scale_dtype", "with_zero", "symmetric"):
         getattr(a, name)  # they are of scales that are found
@@ -117,7 +111,7 @@ def dynamic_quantize(b: Builder, a: Arguments, cores: int) -> list[Node | None]:
     how = _symmetric(b, a, b.val(a.x).dtype)
     call = b.emit(ops.dynamic_quantize.overload, a.x, smooth=a.smooth, min_scale=how.min_scale, divide=how.divide, cores=cores)
     q, scale = b.results(call, 2)
-    return [q, _scales(b, a, a.x, scale), None]
+    return [q, scales_of(b, a, a.x, scale), None]
 
 
 @provides("quantize", "triton.asymmetric_quantize")
@@ -128,18 +122,14 @@ def asymmetric_quantize(b: Builder, a: Arguments, cores: int) -> list[Node | Non
     _integral(b, a)
     b.require(a.steps == _SPAN and a.low == -128, f"the kernel has 255 steps from -128, the model {a.steps} from {a.low}")
     b.require(a.with_zero, "the zero point of a range without 0 is not clamped by the kernel")
-    b.require(not _is_exact(b), "the kernel takes the zero point off the largest number, the model off the least: rounding is 'exact'")
+    b.require(not is_exact(b), "the kernel takes the zero point off the largest number, the model off the least: rounding is 'exact'")
     a.round_last, a.apply, a.steps_reciprocal  # noqa: B018  they change the last bit only
     form: dict[str, Any] = {"smooth": a.smooth, "with_zero": True, "whole_zero": True, "min_scale": _min_scale(b, a, least=True)}
     call = b.emit(ops.asymmetric_quantize.overload, a.x, **form, divide=a.apply == "divide", cores=cores)
     q, scale, zero = b.results(call, 3)
-    scale = _scales(b, a, a.x, scale)
+    scale = scales_of(b, a, a.x, scale)
     zero_dtype = torch.promote_types(a.compute_dtype or b.val(a.x).dtype, b.val(scale).dtype)
-    return [q, scale, b.cast(b.reshape(zero, b.val(scale).shape[:-1] and [*_rows(b, a.x), 1]), zero_dtype)]
-
-
-def _rows(b: Builder, x: Node) -> list[Any]:
-    return [b.size(x, dim) for dim in range(b.val(x).dim() - 1)]
+    return [q, scale, b.cast(b.reshape(zero, b.val(scale).shape[:-1] and [*rows_of(b, a.x), 1]), zero_dtype)]
 
 
 @provides("quantize", "triton.static_quantize")
@@ -157,30 +147,20 @@ def static_quantize(b: Builder, a: Arguments, cores: int) -> list[Node | None]:
 # -------------------------------------------------------------------- dequantise
 
 
-def _scaling(b: Builder, a: Arguments, prefix: str = "") -> None:
-    """What the kernels demand of scales: one product after another in fp32."""
-    compute, first = getattr(a, f"{prefix}compute_dtype"), getattr(a, f"{prefix}round_dtype")
-    combined = getattr(a, f"{prefix}combined")
-    b.require(compute != torch.float64, "the model multiplies in float64")
-    _require_fp32(b, "the products", compute, first)
-    two = getattr(a, "scale2" if not prefix else "sum_scale2") is not None
-    b.require(not _is_exact(b) or not (two or combined), "the kernel multiplies by two scales in an order of its own: rounding is 'exact'")
-
-
 @provides("dequantize", "triton.dequantize")
 def dequantize(b: Builder, a: Arguments, cores: int) -> Node:
     val = b.val(a.x)
     b.require(val.dtype in (torch.int8, torch.int32), f"x is {val.dtype}, the kernel reads int8 and int32")
     require_width(b, x=a.x)
-    _scaling(b, a)
+    scaling(b, a)
     out = a.out_dtype or torch.float32
     b.require(out in FLOATS, f"the result is {out}")
-    found = roles(b, (a.scale, a.scale2), val.shape[:-1], val.shape[-1])
+    roles = roles_of(b, (a.scale, a.scale2), val.shape[:-1], val.shape[-1])
     zero = _zero_point(b, a.zero_point, val)
-    bias = _bias(b, a.bias, val.shape[-1])
+    bias = bias_of_channels(b, a.bias, val.shape[-1])
     a.bias_first  # noqa: B018  a bias of int32 is added first, and no other
     form: dict[str, Any] = {"out_dtype": out, "bias": bias, "cores": cores, **zero}
-    return b.emit(ops.dequantize.overload, a.x, found.rows, found.channels, **form)
+    return b.emit(ops.dequantize.overload, a.x, roles.rows, roles.channels, **form)
 
 
 def _zero_point(b: Builder, node: Node | None, x: Tensor) -> dict[str, Any]:
@@ -192,26 +172,20 @@ def _zero_point(b: Builder, node: Node | None, x: Tensor) -> dict[str, Any]:
     return {"zero_point": b.cast(channels(b, "zero_point", node, x.shape[-1]) or node, torch.float32)}
 
 
-def _bias(b: Builder, node: Node | None, width: Any) -> Node | None:
-    bias = channels(b, "bias", node, width)
-    b.require(bias is None or (b.val(bias).dim() == 1 and b.equal(b.val(bias).shape[0], width)), "the bias is not one a channel")
-    return bias
-
-
 @provides("quant_linear", "triton.int8_matmul", matrix=True)
 def quant_linear(b: Builder, a: Arguments, cores: int) -> Node:
     width, rows = b.val(a.weight).shape[1], b.val(a.x).shape[:-1]
     b.require(all(isinstance(size, int) for size in b.val(a.weight).shape), "the weight has symbolic sizes: a kernel is compiled for them")
-    _scaling(b, a)
+    scaling(b, a)
     out = a.out_dtype or (torch.int32 if a.scale is None else torch.float32)
     b.require(out in (*FLOATS, torch.int32), f"the result is {out}")
-    found = roles(b, (a.scale, a.scale2), rows, width)
-    weight_scale = found.channels
+    roles = roles_of(b, (a.scale, a.scale2), rows, width)
+    weight_scale = roles.channels
     if weight_scale is None and out != torch.int32:
         device = b.val(a.x).device
         weight_scale = b.emit(aten.full.default, [1], 1.0, dtype=torch.float32, device=device)
     form: dict[str, Any] = {"bias_first": a.bias_first, "out_dtype": out, "cores": cores}
-    return b.emit(matmul_ops.int8_matmul.overload, a.x, a.weight, weight_scale, found.rows, _bias(b, a.bias, width), **form)
+    return b.emit(matmul_ops.int8_matmul.overload, a.x, a.weight, weight_scale, roles.rows, bias_of_channels(b, a.bias, width), **form)
 
 
 # -------------------------------------------------------------------- norms
@@ -219,7 +193,7 @@ def quant_linear(b: Builder, a: Arguments, cores: int) -> Node:
 
 def _norm_form(b: Builder, a: Arguments, width: Any) -> dict[str, Any]:
     """The arguments that the two norms share."""
-    rounding = a.round_dtype if _is_exact(b) else None
+    rounding = a.round_dtype if is_exact(b) else None
     for name, dtype in (("round_dtype", rounding), ("norm_dtype", a.norm_dtype)):
         b.require(dtype is None or dtype in FLOATS, f"{name} is {dtype}")
     form: dict[str, Any] = {"weight_offset": a.weight_offset, "round_dtype": rounding, "norm_dtype": a.norm_dtype}
@@ -239,7 +213,7 @@ def _norm_results(b: Builder, a: Arguments, q: Node, scale: Node, norm: Node) ->
     found = None
     if a.scale is None:
         dtype = a.scale_dtype or a.compute_dtype or a.norm_dtype or b.val(a.x).dtype
-        found = b.cast(b.reshape(scale, [*_rows(b, a.x), 1]), dtype)
+        found = b.cast(b.reshape(scale, [*rows_of(b, a.x), 1]), dtype)
     return [q, found, None, norm if a.return_norm else None]
 
 
@@ -272,7 +246,7 @@ def add_rms_norm_quant(b: Builder, a: Arguments, cores: int) -> list[Node | None
 
 
 def _unit_form(b: Builder, a: Arguments) -> dict[str, Any]:
-    exact = _is_exact(b)
+    exact = is_exact(b)
     for name, dtype in (("round_dtype", a.round_dtype), ("product_dtype", a.product_dtype)):
         b.require(dtype is None or dtype in FLOATS, f"{name} is {dtype}")
     limits = {"gate_limit": a.gate_limit, "up_limit": a.up_limit, "up_offset": a.up_offset}
@@ -282,7 +256,7 @@ def _unit_form(b: Builder, a: Arguments) -> dict[str, Any]:
 
 def _unit_scales(b: Builder, a: Arguments, q: Node, scale: Node) -> list[Node | None]:
     dtype = a.scale_dtype or a.compute_dtype or a.product_dtype or torch.float32
-    return [q, b.cast(b.reshape(scale, [*_rows(b, q), 1]), dtype), None]
+    return [q, b.cast(b.reshape(scale, [*rows_of(b, q), 1]), dtype), None]
 
 
 @provides("glu_quant", "triton.glu_quant")
@@ -302,16 +276,16 @@ def dequant_glu_quant(b: Builder, a: Arguments, cores: int) -> list[Node | None]
     b.require(a.symmetric, "the kernel of gated units quantises symmetrically")
     require_width(b, x=a.x)
     _symmetric(b, a, a.product_dtype or torch.float32, least=False)
-    _scaling(b, a, "sum_")
+    scaling(b, a, "sum_")
     val = b.val(a.x)
-    found = roles(b, (a.sum_scale, a.sum_scale2), val.shape[:-1], val.shape[-1])
-    b.require(found.channels is not None, "there is no scale of the weight's channels")
-    assert found.channels is not None
-    b.require(b.val(found.channels).dim() == 1 and b.equal(b.val(found.channels).shape[0], val.shape[-1]), "the weight has one scale")
-    bias = _bias(b, a.sum_bias, val.shape[-1])
+    roles = roles_of(b, (a.sum_scale, a.sum_scale2), val.shape[:-1], val.shape[-1])
+    b.require(roles.channels is not None, "there is no scale of the weight's channels")
+    assert roles.channels is not None
+    b.require(b.val(roles.channels).dim() == 1 and b.equal(b.val(roles.channels).shape[0], val.shape[-1]), "the weight has one scale")
+    bias = bias_of_channels(b, a.sum_bias, val.shape[-1])
     a.sum_bias_first  # noqa: B018  a bias of int32 is added first, and no other
-    dequant = a.sum_out_dtype if _is_exact(b) else None
+    dequant = a.sum_out_dtype if is_exact(b) else None
     a.sum_out_dtype  # noqa: B018
     form: dict[str, Any] = {"bias": bias, "smooth_scale": a.smooth, "dequant_dtype": dequant, **_unit_form(b, a)}
-    call = b.emit(glu_ops.dequant_glu_quant.overload, a.x, found.channels, found.rows, **form, cores=cores)
+    call = b.emit(glu_ops.dequant_glu_quant.overload, a.x, roles.channels, roles.rows, **form, cores=cores)
     return _unit_scales(b, a, *b.results(call, 2))

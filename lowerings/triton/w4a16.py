@@ -1,6 +1,6 @@
 """Linear layers with 4-bit weights by Triton: the ops w4a16_linear, w4a16_repack_awq, w4a16_awq_zeros.
 
-No semantic op is lowered to them yet.
+`weight_only.py` lowers `weight_only_linear` to the first two.
 """
 
 from __future__ import annotations

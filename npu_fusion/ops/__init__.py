@@ -9,9 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..semantic import SemanticOp, semantic_ops
-from . import attention, glu, matmul, norm, norm_quant, quant, rope, weight_only
+from . import attention, experts, glu, matmul, moe, norm, norm_quant, quant, rope, weight_only
 
-__all__ = ["OpRow", "attention", "glu", "matmul", "norm", "norm_quant", "op_table", "quant", "render_op_table", "rope", "weight_only"]
+__all__ = [
+    "OpRow",
+    "attention",
+    "experts",
+    "glu",
+    "matmul",
+    "moe",
+    "norm",
+    "norm_quant",
+    "op_table",
+    "quant",
+    "render_op_table",
+    "rope",
+    "weight_only",
+]
 
 _INTRODUCTION = """# Semantic ops
 

@@ -51,6 +51,7 @@ from .words import (
     sum_,
     tanh,
     through,
+    torch_op,
     total,
     var,
 )
@@ -100,6 +101,7 @@ __all__ = [
     "sum_",
     "tanh",
     "through",
+    "torch_op",
     "total",
     "var",
 ]

@@ -35,6 +35,15 @@ def op_any_args(name: str, **attrs: Any) -> Pattern:
     return Op(name, None, attrs)
 
 
+def torch_op(name: str, *args: Pattern | float, tensors: str, **attrs: Any) -> Pattern:
+    """An op of PyTorch that the view has no canonical form of, applied to operands; `tensors` names the parameters that they are given
+    for, in order. A parameter that takes a list, here of one tensor, is written `indices[]`."""
+    given: dict[str, Any] = {}
+    for parameter in tensors.split():
+        given[f"@{parameter.removesuffix('[]')}"] = (True,) if parameter.endswith("[]") else 1
+    return Op(name, tuple(as_pattern(arg) for arg in args), given | attrs)
+
+
 def sem(name: str, *, output: int = 0, **args: Any) -> Pattern:
     """A value that an earlier rule knows as output `output` of the semantic op; arguments named here must match theirs."""
     return Sem(name, args, output)

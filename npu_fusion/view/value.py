@@ -30,9 +30,10 @@ class Value:
         users: values that have this one as an operand.
         forms: semantic ops known to compute this value.
         index: order of creation; operands come before users.
+        notes: what analyses found out about it, by a name of their own.
     """
 
-    __slots__ = ("args", "attrs", "dtype", "forms", "index", "node", "op", "shape", "users")
+    __slots__ = ("args", "attrs", "dtype", "forms", "index", "node", "notes", "op", "shape", "users")
 
     def __init__(
         self, op: str, args: tuple[Value, ...], attrs: dict[str, Any], shape: Shape, dtype: torch.dtype | None, index: int
@@ -46,6 +47,7 @@ class Value:
         self.node: Node | None = None
         self.users: list[Value] = []
         self.forms: list[Form] = []
+        self.notes: dict[str, Any] = {}
 
     @property
     def ndim(self) -> int:

@@ -251,3 +251,25 @@ def test_sums_that_floats_round_are_not_whole() -> None:
 
     report = fused_within_contract(linear, torch.randn(4, 2048))
     assert report.ops == {"quantize": 1}
+
+
+@pytest.mark.parametrize(
+    "centred",
+    [
+        lambda w, z: w - z,
+        lambda w, z: w - 8,
+        lambda w, z: w.to(torch.int16) - z,
+        lambda w, z: w.int() - z.int(),
+        lambda w, z: w.float() - z.float(),
+    ],
+    ids=["uint8", "uint8 constant", "int16", "int32", "float"],
+)
+def test_a_zero_point_that_is_subtracted_in_bytes_wraps(centred: Any) -> None:
+    """What is dequantised then is the difference as it wrapped."""
+    w = torch.randint(0, 256, (24, 16), dtype=torch.uint8)
+    z, s = torch.randint(0, 256, (24, 1), dtype=torch.uint8), torch.rand(24, 1)
+    w[0], z[0] = 3, 200
+    fn = lambda w, z, s: centred(w, z).to(torch.float32) * s  # noqa: E731
+    actual, report = fused(fn, w, z, s)
+    assert [site.op for site in report.sites if site.fused] == ["dequantize"]
+    torch.testing.assert_close(actual, fn(w, z, s), rtol=1e-6, atol=0)

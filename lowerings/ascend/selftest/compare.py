@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ....errors import NpuFusionError
 from ..emulation import emulated_ops
@@ -116,7 +117,7 @@ def _raised(error: Exception, case: Case) -> str:
 
 def _results(op: AscendOp, function: Callable[..., Any], arguments: dict[str, Any], device: str) -> dict[str, Tensor]:
     """What a call leaves that the project uses, on the CPU: results by name, and arguments that the op writes to."""
-    arguments = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    arguments = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), arguments)
     schema = schema_of(op)
     positional = [arguments.pop(spec.name, spec.default_value) for spec in schema.arguments if not spec.kwarg_only]
     written = {

@@ -80,7 +80,7 @@ def test_fake_kernel_gives_what_the_kernel_gives(case: Case) -> None:
     overload = library.overload_of(op)
     assert overload is not None
     mode = FakeTensorMode()
-    arguments = {name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in case.arguments().items()}
+    arguments = pytree.tree_map_only(Tensor, mode.from_tensor, case.arguments())
     with mode:
         fake = _call(op, overload, arguments)
     assert [_metadata(value) for value in pytree.tree_leaves(fake)] == [_metadata(value) for value in pytree.tree_leaves(real)]

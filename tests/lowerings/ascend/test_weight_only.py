@@ -11,7 +11,8 @@ from torch import Tensor
 from npu_fusion.lower import REFERENCE
 from npu_fusion.numerics import assert_within_contract
 from npu_fusion.ops.weight_only import weight_only_linear
-from tests.lowerings.ascend.checks import lower_call
+from tests.int4 import layer
+from tests.lowerings.ascend.checks import Lowered, lower_call
 
 OP = "npu.npu_weight_quant_batchmatmul"
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -57,5 +58,60 @@ def test_channels(names: tuple[str, ...], inputs_first: bool, dtype: torch.dtype
 def test_refused(groups: int, dtype: torch.dtype, scale: torch.dtype, reason: str) -> None:
     given = operands(dtype, groups=groups)
     found = lower_call(weight_only_linear, given["x"], given["weight"], given["scale"].to(scale))
+    assert found.provider == REFERENCE
+    assert reason in found.reason
+
+
+# -------------------------------------------------------------------- four bits
+
+LAYOUTS = ("awq", "columns", "gptq", "rows", "signed", "pairs", "swapped")
+INT4 = f"{OP} (int4)"
+
+
+def lower_int4(layout: str, dtype: torch.dtype, names: tuple[str, ...], groups: int = 4, offset: int = 0, **options: Any) -> Lowered:
+    """Lower a layer and hold the result to the numeric contract."""
+    of = layer(dtype, groups=groups)
+    form = of.arguments(layout)
+    inputs = [of.x, form.pop("weight"), of.scale, *(getattr(of, name) for name in names)]
+
+    def fn(*tensors: Tensor) -> Any:
+        return weight_only_linear(*tensors[:3], **dict(zip(names, tensors[3:])), offset=offset, **form)
+
+    found = lower_call(fn, *inputs, **options)
+    exact = [x.double() if x.is_floating_point() else x for x in inputs]
+    assert_within_contract(found.gm(*inputs), fn(*inputs), fn(*exact), dtype)
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("names", "offset"), [((), 8), (("zero", "bias"), 0), (("bias",), 3)], ids=["middle", "zeros", "three"])
+def test_int4_layouts(layout: str, names: tuple[str, ...], offset: int) -> None:
+    assert lower_int4(layout, BF16, names, offset=offset).provider == INT4
+
+
+@pytest.mark.parametrize(("layout", "groups"), [("awq", 1), ("rows", 8), ("gptq", 2)])
+def test_int4_groups(layout: str, groups: int) -> None:
+    assert lower_int4(layout, FP16, ("zero", "bias"), groups=groups).provider == INT4
+
+
+@pytest.mark.parametrize(
+    ("layout", "count"), [("rows", {"bitwise_xor": 1, "index_select": 0}), ("signed", {"bitwise_xor": 0, "index_select": 0})]
+)
+def test_int4_words_are_used_as_they_are(layout: str, count: dict[str, int]) -> None:
+    targets = lower_int4(layout, BF16, (), offset=8).targets()
+    assert {name: targets.count(f"aten.{name}") for name in count} == count
+    assert "aten.clone" not in targets
+
+
+@pytest.mark.parametrize(
+    ("layout", "groups", "dtype", "reason"),
+    [
+        ("planes", 4, BF16, "of 32 words in a row each holds numbers that lie as far apart"),
+        ("rows", 16, BF16, "antiquant_group_size"),
+        ("rows", 4, torch.float32, "x is float32, not float16 or bfloat16"),
+    ],
+)
+def test_int4_refused(layout: str, groups: int, dtype: torch.dtype, reason: str) -> None:
+    found = lower_int4(layout, dtype, ("zero",), groups=groups)
     assert found.provider == REFERENCE
     assert reason in found.reason

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import npu_fusion
 from npu_fusion.lower import REFERENCE
+from npu_fusion.numerics import assert_within_contract
 from npu_fusion.ops.norm_quant import add_rms_norm_quant, dequant_glu_quant, glu_quant, rms_norm_quant
 from npu_fusion.ops.quant import quant_linear, quantize
 from tests.lowerings.ascend.checks import lower_call
@@ -196,6 +197,41 @@ def test_taken_apart(call: Fn, inputs: tuple[Tensor, ...], parts: str) -> None:
     found = lower_call(lambda *args: results(call(*args)), *inputs)
     assert found.provider == parts, found.reason
     assert_quantised(results(found.gm(*inputs)), results(call(*inputs)))
+
+
+# -------------------------------------------------------------------- products
+
+
+def product(tokens: int, out: torch.dtype, bias: str | None, per_tensor: bool = False) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "x": torch.randint(-128, 128, (tokens, H), dtype=torch.int8),
+        "weight": torch.randint(-128, 128, (N, H), dtype=torch.int8).t(),
+        "scale": torch.rand(1 if per_tensor else N) / 1000,
+        "scale2": torch.rand(tokens, 1) / 100,
+    }
+    if bias == "last":
+        given["bias"] = torch.randn(N).to(out)
+    elif bias == "first":
+        given["bias"] = torch.randint(-1000, 1000, (N,), dtype=torch.int32)
+    return given
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("out", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("bias", [None, "first", "last"])
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_products(tokens: int, out: torch.dtype, bias: str | None, per_tensor: bool) -> None:
+    given = product(tokens, out, bias, per_tensor)
+
+    def fn(*tensors: Tensor) -> Tensor:
+        return quant_linear(*tensors, bias_first=bias == "first", out_dtype=out)
+
+    found = lower_call(fn, *given.values())
+    assert found.provider == "npu.npu_quant_matmul"
+    assert "aten.clone" not in found.targets()
+    wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in given.items()}
+    truth = quant_linear(*wide.values(), bias_first=bias == "first", compute_dtype=torch.float64, out_dtype=torch.float64)
+    assert_within_contract(found.gm(*given.values()), fn(*given.values()), truth, out)
 
 
 # -------------------------------------------------------------------- a model

@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from ...lower import Arguments, Builder
 from ...semantic import find_semantic_op
-from ..scales import channels, roles
+from ..quant_forms import bias_of_channels, channels, roles_of, rows_of
 from .norm import keeps_sum, weight_or_ones
 from .provide import Npu, keeps_rounding, provides
 
@@ -34,10 +34,6 @@ _CODES = {torch.float16: 5, torch.bfloat16: 15, torch.int32: 3, torch.int8: 12, 
 
 def _not_exact(b: Builder, what: str) -> None:
     b.require(b.config.rounding != "exact", f"{what}: rounding is 'exact'")
-
-
-def _rows(b: Builder, x: Node) -> list[Any]:
-    return [b.size(x, dim) for dim in range(b.val(x).dim() - 1)]
 
 
 def _flat(b: Builder, x: Node) -> Node:
@@ -101,7 +97,7 @@ def _only_multiplies(call: Node) -> bool:
 
 def _scale(b: Builder, a: Arguments, x: Node, scale: Node, source: torch.dtype) -> Node:
     """The scale [...] of the rows of x as the model has it: [..., 1]."""
-    return b.cast(b.reshape(scale, [*_rows(b, x), 1]), a.scale_dtype or a.compute_dtype or source)
+    return b.cast(b.reshape(scale, [*rows_of(b, x), 1]), a.scale_dtype or a.compute_dtype or source)
 
 
 @provides("quantize", "npu::npu_dynamic_quant")
@@ -288,14 +284,14 @@ def dequant_swiglu_quant(b: Builder, a: Arguments, npu: Npu) -> list[Node | None
         b.require(getattr(a, name) != torch.float64, "the model multiplies in float64")
     a.sum_combined  # noqa: B018  it changes the last bit
     b.require(a.sum_bias is None or a.sum_bias_first, "it adds whole biases only")
-    rows = _rows(b, a.x)
-    found = roles(b, (a.sum_scale, a.sum_scale2), b.val(a.x).shape[:-1], b.val(a.x).shape[-1])
+    rows = rows_of(b, a.x)
+    found = roles_of(b, (a.sum_scale, a.sum_scale2), b.val(a.x).shape[:-1], b.val(a.x).shape[-1])
     if found.rows is None or found.channels is None:
         b.refuse("it takes a scale of the weight's channels and one of the rows")
     x = _flat(b, a.x)
     width = b.val(x).shape[-1]
     weight = b.cast(b.reshape(_vector(b, found.channels, _channels_of(b, x, width)), [1, width]), torch.float32)
-    bias = channels(b, "bias", a.sum_bias, width)
+    bias = bias_of_channels(b, a.sum_bias, width)
     options: dict[str, Any] = {"weight_scale": weight, "bias": bias, "quant_scale": _smooth_row(b, a, width // 2, x)}
     activation = b.cast(b.reshape(found.rows, [b.size(x, 0)]), torch.float32)
     q, scale = npu("npu::npu_dequant_swiglu_quant", x, activation_scale=activation, activate_left=left, quant_mode=1, **options)
@@ -329,7 +325,7 @@ def _out_dtype(a: Arguments) -> torch.dtype:
 def quant_matmul(b: Builder, a: Arguments, npu: Npu) -> Node:
     """(x W) * scale * scale2 + bias, or (x W + bias) * scale * scale2, in fp32 and rounded once."""
     x, weight = _int8_operands(b, a)
-    rows, width = _rows(b, a.x), b.val(weight).shape[1]
+    rows, width = rows_of(b, a.x), b.val(weight).shape[1]
     if a.scale is None:
         b.require(a.out_dtype in (None, torch.int32), f"sums that are not scaled are int32, the model's {a.out_dtype}")
         return b.reshape(_sums(b, a, npu, x, weight, a.bias), [*rows, width])
@@ -338,7 +334,7 @@ def quant_matmul(b: Builder, a: Arguments, npu: Npu) -> Node:
     b.require(a.compute_dtype != torch.float64, "the model multiplies in float64")
     _not_exact(b, "it multiplies by two scales in fp32, in an order of its own, and rounds once")
     a.combined, a.round_dtype  # noqa: B018  they round more often
-    found = roles(b, (a.scale, a.scale2), b.val(a.x).shape[:-1], width)
+    found = roles_of(b, (a.scale, a.scale2), b.val(a.x).shape[:-1], width)
     scale = _vector(b, found.channels) if found.channels is not None else _one(b, x)
     scale = b.cast(scale, torch.float32)
     of_rows = None if found.rows is None else b.cast(b.reshape(found.rows, [b.size(x, 0)]), torch.float32)
@@ -351,11 +347,8 @@ def quant_matmul(b: Builder, a: Arguments, npu: Npu) -> Node:
 
 def _linear_bias(b: Builder, a: Arguments, width: Any) -> Node | None:
     """The bias, one a channel: int32 with `bias_first`, else floating, which 16-bit dtypes other than the result's are not."""
-    bias = channels(b, "bias", a.bias, width)
-    if bias is None:
-        return None
-    b.require(b.val(bias).dim() == 1 and b.equal(b.val(bias).shape[0], width), "the bias is not one a channel")
-    if a.bias_first:
+    bias = bias_of_channels(b, a.bias, width)
+    if bias is None or a.bias_first:
         return bias
     b.require(b.val(bias).dtype != torch.float64, "the bias is float64")
     return bias if b.val(bias).dtype == _out_dtype(a) else b.cast(bias, torch.float32)
@@ -369,7 +362,7 @@ def _one(b: Builder, like: Node) -> Node:
 def _sums(b: Builder, a: Arguments, npu: Npu, x: Node, weight: Node, bias: Node | None) -> Node:
     """x W + bias in int32: its scale says nothing then."""
     if bias is not None:
-        bias = channels(b, "bias", bias, b.val(weight).shape[1])
+        bias = bias_of_channels(b, bias, b.val(weight).shape[1])
         b.require(a.bias_first, "the sums are whole and the bias is not")
     y: Node = npu("npu::npu_quant_matmul", x, weight, _one(b, x), bias=bias, output_dtype=_CODES[torch.int32])
     return y
@@ -380,7 +373,7 @@ def quant_matmul_then_scales(b: Builder, a: Arguments, npu: Npu) -> Node:
     """The sums in int32, and the scales as the model multiplies by them, step by step: the model's own bits."""
     b.only_if(a.scale is not None)
     x, weight = _int8_operands(b, a)
-    sums = b.reshape(_sums(b, a, npu, x, weight, a.bias if a.bias_first else None), [*_rows(b, a.x), b.val(weight).shape[1]])
+    sums = b.reshape(_sums(b, a, npu, x, weight, a.bias if a.bias_first else None), [*rows_of(b, a.x), b.val(weight).shape[1]])
     dtype = a.compute_dtype or torch.float32
     b.require(dtype != torch.float64, "the model multiplies in float64")
     y = b.cast(sums, dtype)

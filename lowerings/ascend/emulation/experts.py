@@ -1,0 +1,197 @@
+"""CPU kernels of routed experts: npu_moe_init_routing_v2, npu_grouped_matmul, npu_moe_finalize_routing.
+
+Source: ops-transformer `moe/*/docs` and `gmm/grouped_matmul/docs`. Of each op the modes are supported that the providers call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .registry import FLOATS, check, check_dtype, check_same_dtype, emulates, refuse
+
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+def _check_init(x: Tensor, expert_idx: Tensor, expert_num: int, given: dict[str, Any], wanted: dict[str, Any]) -> None:
+    op = "npu_moe_init_routing_v2"
+    check_dtype(op, "x", x, *FLOATS)
+    check_dtype(op, "expert_idx", expert_idx, torch.int32)
+    check(op, x.dim() == 2 and expert_idx.dim() == 2, "x and expert_idx must have 2 dimensions")
+    check(op, 0 < expert_num <= 10240, f"expert_num must be from 1 to 10240, not {expert_num}")
+    for name, value in wanted.items():
+        check(op, given[name] == value, f"the CPU kernel supports {name} = {value} alone, not {given[name]}")
+
+
+_INIT = {"drop_pad_mode": 0, "expert_tokens_num_type": 1, "expert_tokens_num_flag": True, "quant_mode": -1, "row_idx_type": 0}
+
+
+@emulates("npu::npu_moe_init_routing_v2")
+def npu_moe_init_routing_v2(
+    x: Tensor,
+    expert_idx: Tensor,
+    *,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    active_num: int = -1,
+    expert_capacity: int = -1,
+    expert_num: int = -1,
+    drop_pad_mode: int = 0,
+    expert_tokens_num_type: int = 0,
+    expert_tokens_num_flag: bool = False,
+    quant_mode: int = -1,
+    active_expert_range: Sequence[int] = [],
+    row_idx_type: int = 0,
+    x_dtype: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of x in the order of their experts, where each went (int32, by flat id), and how many each expert has (int64)."""
+    given = {name: value for name, value in locals().items() if name in _INIT}
+    _check_init(x, expert_idx, expert_num, given, _INIT)
+    refuse("npu_moe_init_routing_v2", scale=scale, offset=offset, x_dtype=x_dtype)
+    check("npu_moe_init_routing_v2", list(active_expert_range) == [0, expert_num], "the CPU kernel supports the range of all experts alone")
+    flat = expert_idx.reshape(-1)
+    order = flat.sort(stable=True).indices
+    places = torch.empty_like(flat).index_copy(0, order, torch.arange(flat.numel(), dtype=torch.int32, device=flat.device))
+    counts = torch.zeros(expert_num, dtype=torch.int64, device=x.device).scatter_add(
+        0, flat.long(), torch.ones_like(flat, dtype=torch.int64)
+    )
+    return x[order // expert_idx.shape[1]], places, counts, x.new_empty(flat.numel(), dtype=torch.float32)
+
+
+@npu_moe_init_routing_v2.fake
+def _(x: Tensor, expert_idx: Tensor, *, expert_num: int = -1, **given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_init(x, expert_idx, expert_num, given, {})
+    rows = expert_idx.shape[0] * expert_idx.shape[1]
+    tokens = x.new_empty((expert_num,), dtype=torch.int64)
+    return x.new_empty((rows, x.shape[1])), x.new_empty((rows,), dtype=torch.int32), tokens, x.new_empty((rows,), dtype=torch.float32)
+
+
+def _check_grouped(
+    x: Sequence[Tensor], weight: Sequence[Tensor], bias: Sequence[Tensor] | None, group_list: Tensor | None, modes: tuple[Any, ...]
+) -> None:
+    op = "npu_grouped_matmul"
+    check(op, len(x) == len(weight) == 1, f"the CPU kernel supports one x and one weight, not {len(x)} and {len(weight)}")
+    check_dtype(op, "x", x[0], *_NARROW)
+    check_same_dtype(op, x=x[0], weight=weight[0])
+    check(op, x[0].dim() == 2 and weight[0].dim() == 3, "x must have 2 dimensions and weight 3")
+    check(op, modes == (2, 0, 1), f"split_item, group_type, group_list_type must be 2, 0, 1, not {modes}")
+    check(op, group_list is not None, "group_list is missing")
+    if bias is not None:
+        wanted = torch.float32 if x[0].dtype == torch.bfloat16 else torch.float16
+        check_dtype(op, "bias", bias[0], wanted)
+        check(op, bias[0].dim() == 2, "bias must have 2 dimensions")
+
+
+@emulates("npu::npu_grouped_matmul")
+def npu_grouped_matmul(
+    x: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    *,
+    bias: Sequence[Tensor] | None = None,
+    scale: Sequence[Tensor] | None = None,
+    offset: Sequence[Tensor] | None = None,
+    antiquant_scale: Sequence[Tensor] | None = None,
+    antiquant_offset: Sequence[Tensor] | None = None,
+    per_token_scale: Sequence[Tensor] | None = None,
+    group_list: Tensor | None = None,
+    activation_input: Sequence[Tensor] | None = None,
+    activation_quant_scale: Sequence[Tensor] | None = None,
+    activation_quant_offset: Sequence[Tensor] | None = None,
+    split_item: int | None = 0,
+    group_type: int | None = None,
+    group_list_type: int | None = 0,
+    act_type: int | None = 0,
+    tuning_config: Sequence[int] | None = None,
+    output_dtype: int | None = None,
+    x_dtype: int | None = None,
+    weight_dtype: int | None = None,
+    scale_dtype: int | None = None,
+    per_token_scale_dtype: int | None = None,
+) -> list[Tensor]:
+    """Rows times the matrix of their group, of which each has as many as `group_list` says; fp32 inside, rounded once."""
+    op = "npu_grouped_matmul"
+    _check_grouped(x, weight, bias, group_list, (split_item, group_type, group_list_type))
+    check(op, act_type == 0, "the CPU kernel supports no activation")
+    refuse(op, scale=scale, offset=offset, antiquant_scale=antiquant_scale, antiquant_offset=antiquant_offset)
+    refuse(op, per_token_scale=per_token_scale, activation_input=activation_input, activation_quant_scale=activation_quant_scale)
+    refuse(op, activation_quant_offset=activation_quant_offset, tuning_config=tuning_config, output_dtype=output_dtype, x_dtype=x_dtype)
+    refuse(op, weight_dtype=weight_dtype, scale_dtype=scale_dtype, per_token_scale_dtype=per_token_scale_dtype)
+    assert group_list is not None
+    y = x[0].new_zeros((x[0].shape[0], weight[0].shape[2]))
+    start = 0
+    for group, count in enumerate(group_list.tolist()):
+        rows = x[0][start : start + count].float() @ weight[0][group].float()
+        y[start : start + count] = (rows if bias is None else rows + bias[0][group].float()).to(y.dtype)
+        start += count
+    return [y]
+
+
+@npu_grouped_matmul.fake
+def _(
+    x: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    *,
+    bias: Sequence[Tensor] | None = None,
+    group_list: Tensor | None = None,
+    split_item: int | None = 0,
+    group_type: int | None = None,
+    group_list_type: int | None = 0,
+    **others: Any,
+) -> list[Tensor]:
+    _check_grouped(x, weight, bias, group_list, (split_item, group_type, group_list_type))
+    return [x[0].new_empty((x[0].shape[0], weight[0].shape[2]))]
+
+
+def _check_finalize(rows: Tensor, scales: Tensor | None, bias: Tensor | None, places: Tensor, mode: int) -> None:
+    op = "npu_moe_finalize_routing"
+    check_dtype(op, "expanded_permuted_rows", rows, *FLOATS)
+    check_same_dtype(op, expanded_permuted_rows=rows, scales=scales, bias=bias)
+    check_dtype(op, "expanded_src_to_dst_row", places, torch.int32)
+    check(op, mode == 2, f"the CPU kernel supports drop_pad_mode = 2 alone, not {mode}")
+    check(op, rows.dim() == 2 and places.dim() == 1, "rows must have 2 dimensions, their places 1")
+    check(op, scales is not None, "the CPU kernel needs scales")
+
+
+@emulates("npu::npu_moe_finalize_routing")
+def npu_moe_finalize_routing(
+    expanded_permuted_rows: Tensor,
+    skip1: Tensor | None,
+    skip2: Tensor | None,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    expanded_src_to_dst_row: Tensor,
+    export_for_source_row: Tensor | None,
+    drop_pad_mode: int | None = 0,
+    k: int | None = 1,
+) -> Tensor:
+    """The sum, for each token, of scales times (row + bias of its expert); with drop_pad_mode 2 the places lie token by token."""
+    _check_finalize(expanded_permuted_rows, scales, bias, expanded_src_to_dst_row, drop_pad_mode or 0)
+    refuse("npu_moe_finalize_routing", skip1=skip1, skip2=skip2)
+    assert scales is not None
+    rows = expanded_permuted_rows.float()[expanded_src_to_dst_row.long()].unflatten(0, scales.shape)
+    if bias is not None:
+        check("npu_moe_finalize_routing", export_for_source_row is not None, "bias needs export_for_source_row")
+        assert export_for_source_row is not None
+        rows = rows + bias.float()[export_for_source_row.long()]
+    total: Tensor = (rows * scales.float().unsqueeze(-1)).sum(1)
+    return total.to(expanded_permuted_rows.dtype)
+
+
+@npu_moe_finalize_routing.fake
+def _(
+    expanded_permuted_rows: Tensor,
+    skip1: Tensor | None,
+    skip2: Tensor | None,
+    bias: Tensor | None,
+    scales: Tensor | None,
+    expanded_src_to_dst_row: Tensor,
+    export_for_source_row: Tensor | None,
+    drop_pad_mode: int | None = 0,
+    k: int | None = 1,
+) -> Tensor:
+    _check_finalize(expanded_permuted_rows, scales, bias, expanded_src_to_dst_row, drop_pad_mode or 0)
+    assert scales is not None
+    return expanded_permuted_rows.new_empty((scales.shape[0], expanded_permuted_rows.shape[1]))

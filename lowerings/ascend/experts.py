@@ -1,0 +1,92 @@
+"""Routed experts on Ascend: npu_moe_init_routing_v2, npu_grouped_matmul, the unit, npu_grouped_matmul, npu_moe_finalize_routing.
+
+These are the calls of SGLang's and vLLM's Ascend backends. Sizes do not depend on the routing, and the counts of each expert stay on the
+device, so that a graph capture holds them. Ids must be those of experts: the sort has no place for others.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ...lower import Arguments, Builder
+from ...view.shapes import to_dim
+from . import glu
+from .provide import Npu, keeps_rounding, provides
+
+aten = torch.ops.aten
+
+_HALVES = (torch.float16, torch.bfloat16)
+_GELUS = {"gelu": "none", "gelu_tanh": "tanh"}
+_ACTIVATIONS: dict[str, tuple[Any, ...]] = {
+    "silu": (aten.silu.default,),
+    "sigmoid": (aten.sigmoid.default,),
+    "tanh": (aten.tanh.default,),
+    "relu": (aten.relu.default,),
+    "relu2": (aten.relu.default, aten.square.default),
+    "identity": (),
+}
+
+
+@provides("moe_experts", "npu::npu_grouped_matmul", name="npu.npu_grouped_matmul (init_routing_v2, finalize_routing)", launches=5)
+def moe_experts(b: Builder, a: Arguments, npu: Npu) -> Node:
+    """Rows sorted by expert, grouped products, the unit, and the weighted sum."""
+    x, weights, experts = a.x, a.weights, to_dim(b.val(a.gate_up).shape[0])
+    dtype = b.val(x).dtype
+    b.require(dtype in _HALVES, f"x is {dtype}: npu_grouped_matmul is for float16 and bfloat16")
+    b.require(isinstance(experts, int), "the number of experts is symbolic")
+    biased = any(bias is not None for bias in (a.gate_up_bias, a.up_bias, a.down_bias))
+    b.require(
+        not biased or b.config.rounding != "exact", "it keeps the sum with the bias in fp32, the model rounds it: rounding is 'exact'"
+    )
+    keeps_rounding(b, None, a.product_dtype if a.product_dtype in _HALVES else None, "the weighted products")
+    mode = {"expert_num": experts, "active_expert_range": [0, experts], "expert_tokens_num_type": 1, "expert_tokens_num_flag": True}
+    rows, places, counts, _ = npu("npu::npu_moe_init_routing_v2", b.contiguous(x), b.contiguous(b.cast(a.indices, torch.int32)), **mode)
+
+    def product(source: Node, matrices: Node, bias: Node | None) -> Node:
+        given = {} if bias is None else {"bias": [b.cast(bias, torch.float32 if dtype == torch.bfloat16 else dtype)]}
+        groups = {"group_list": counts, "group_list_type": 1, "group_type": 0, "split_item": 2}
+        return b.results(npu("npu::npu_grouped_matmul", [source], [matrices], **given, **groups), 1)[0]
+
+    gate = product(rows, a.gate_up, a.gate_up_bias)
+    hidden = _unit(b, a, npu, gate, None if a.up is None else product(rows, a.up, a.up_bias))
+    results = product(hidden, a.down, a.down_bias)
+    wide = torch.promote_types(dtype, b.val(weights).dtype)
+    b.require(wide != torch.float64, "the weights are float64")
+    results, scales = b.cast(results, wide), b.contiguous(b.cast(weights, wide))
+    y = npu("npu::npu_moe_finalize_routing", results, None, None, None, scales, places, None, drop_pad_mode=2)
+    return b.cast(y, a.out_dtype or dtype)
+
+
+def _unit(b: Builder, a: Arguments, npu: Npu, gate: Node, up: Node | None) -> Any:
+    """The gated unit by the providers of `glu`, or the activation alone: the node of its result."""
+    names = ("activation", "layout", "alpha", "gate_limit", "up_limit", "up_offset", "round_dtype")
+    given = {name: getattr(a, name) for name in names}
+    if not a.gated:
+        return _activated(b, a.activation, npu, gate)
+    unit: Any = SimpleNamespace(gate=gate, up=up, out_dtype=b.val(gate).dtype, **given)
+    plain = (unit.alpha, unit.gate_limit, unit.up_limit, unit.up_offset) == (1.0, None, None, 0.0)
+    if unit.activation == "silu" and (up is None or not plain):
+        merged, pair = (glu.swiglu, glu.concatenated_swiglu) if plain and unit.layout != "interleaved" else _CLIPPED
+        return (merged if up is None and unit.layout != "swapped" else pair)(b, unit, npu)
+    if unit.activation in _GELUS:
+        b.require(plain, "it has no unit of gelu with limits")
+        return (glu.geglu if up is None and unit.layout != "interleaved" else glu.gelu_and_product)(b, unit, npu)
+    b.require(plain, f"it has no unit of {unit.activation} with limits")
+    return glu.activated_product(b, unit, lambda node: _activated(b, unit.activation, npu, node))
+
+
+_CLIPPED = (glu.clipped_swiglu, glu.concatenated_clipped_swiglu)
+
+
+def _activated(b: Builder, activation: str, npu: Npu, node: Node) -> Node:
+    if activation in _GELUS:  # aten.gelu is its tanh approximation on an NPU whatever is asked for
+        y: Node = npu("npu::npu_gelu", node, approximate=_GELUS[activation])
+        return y
+    b.require(activation in _ACTIVATIONS, f"the activation is {activation}")
+    for function in _ACTIVATIONS[activation]:
+        node = b.emit(function, node)
+    return node

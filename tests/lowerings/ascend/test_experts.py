@@ -1,0 +1,111 @@
+"""`moe_experts` and `moe_gating` on Ascend: what they become, why not, and the numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from npu_fusion.lower import REFERENCE
+from npu_fusion.ops.experts import moe_experts
+from npu_fusion.ops.moe import moe_gating
+from tests.lowerings.ascend.checks import Lowered, lower_and_check, lower_call
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+TOKENS, HIDDEN, INNER, EXPERTS, K = 5, 16, 8, 4, 2
+PROVIDER = "npu.npu_grouped_matmul (init_routing_v2, finalize_routing)"
+IDS = torch.tensor([[0, 3], [3, 0], [2, 3], [0, 2], [3, 0]])  # nothing for expert 1
+
+
+def tensors(dtype: torch.dtype = BF16, *, width: int = 2 * INNER, up: bool = False, biases: bool = False) -> list[Tensor]:
+    """Weights, x, gate_up, down, then up, then the biases of gate_up and down."""
+    torch.manual_seed(0)
+    found = [
+        torch.rand(TOKENS, K),
+        torch.randn(TOKENS, HIDDEN),
+        torch.randn(EXPERTS, width, HIDDEN).mT / 4,
+        torch.randn(EXPERTS, HIDDEN, INNER).mT / 3,
+    ]
+    found += [torch.randn(EXPERTS, HIDDEN, INNER) / 4] * up
+    found += [torch.randn(EXPERTS, width), torch.randn(EXPERTS, HIDDEN)] * biases
+    return [tensor.to(dtype) for tensor in found]
+
+
+def call(**options: Any) -> Any:
+    """A function of the tensors that calls the op; the ids come as a float tensor, as all inputs of `lower_and_check`."""
+
+    def experts(ids: Tensor, weights: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, *rest: Tensor) -> Tensor:
+        up = rest[0] if len(rest) % 2 else None
+        named = dict(zip(("gate_up_bias", "down_bias"), rest[len(rest) % 2 :], strict=False))
+        return moe_experts(x, ids.long(), weights, gate_up, up, down, **named, **options) + 0
+
+    return experts
+
+
+def lowered(*inputs: Tensor, **options: Any) -> Lowered:
+    return lower_and_check(call(**options), call(**options), IDS.to(BF16), *inputs)
+
+
+def test_five_launches() -> None:
+    found = lowered(*tensors())
+    assert (found.provider, found.reason) == (PROVIDER, "")
+    own = [
+        "npu.npu_moe_init_routing_v2",
+        "npu.npu_grouped_matmul",
+        "npu.npu_swiglu",
+        "npu.npu_grouped_matmul",
+        "npu.npu_moe_finalize_routing",
+    ]
+    assert [target for target in found.targets() if target.startswith("npu.")] == own
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options"),
+    [
+        (tensors(biases=True), {"layout": "interleaved", "alpha": 1.702, "gate_limit": 0.7, "up_limit": 0.7, "up_offset": 1.0}),
+        (tensors(width=INNER, up=True), {"round_dtype": BF16}),
+        (tensors(FP16, width=INNER, up=True), {"activation": "gelu_tanh", "round_dtype": FP16}),
+        (tensors(), {"activation": "gelu"}),
+        (tensors(width=INNER), {"gated": False, "activation": "relu2"}),
+    ],
+    ids=["biases", "two", "two, gelu", "gelu", "no gate"],
+)
+def test_every_argument_is_honoured(inputs: list[Tensor], options: dict[str, Any]) -> None:
+    assert lowered(*inputs, **options).provider == PROVIDER
+
+
+def test_wider_weights_are_not_rounded() -> None:
+    weights, *others = tensors()
+    found = lowered(weights.float() + 1e-4, *others)
+    [call] = [node for node in found.gm.graph.nodes if "finalize" in str(node.target)]
+    assert call.args[4].meta["val"].dtype is FP32
+
+
+def test_what_does_not_fit_is_the_reference() -> None:
+    found = lower_call(call(), IDS.to(BF16), *tensors(FP32))
+    assert found.provider == REFERENCE
+    assert "x is torch.float32" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("options", "provider"),
+    [
+        ({"renormalize": True, "weights_dtype": BF16}, "npu.npu_moe_gating_top_k_softmax_v2"),
+        ({"scale": 2.0, "weights_dtype": FP32}, "npu.npu_moe_gating_top_k_softmax_v2"),
+        ({"score_first": False}, "npu.npu_moe_gating_top_k_softmax_v2"),
+        (
+            {"score": "sigmoid", "groups": 4, "top_groups": 2, "group_score": "top2", "renormalize": True, "eps": 1e-20, "scale": 2.5},
+            "npu.npu_moe_gating_top_k",
+        ),
+    ],
+    ids=str,
+)
+def test_routers(options: dict[str, Any], provider: str) -> None:
+
+    def gate(logits: Tensor) -> Tensor:
+        bias = torch.linspace(-0.1, 0.1, 16) if options.get("score") == "sigmoid" else None
+        return moe_gating(logits, bias, 4, **options)[0] * 1
+
+    assert lower_and_check(gate, gate, torch.randn(6, 16).to(BF16)).provider == provider
