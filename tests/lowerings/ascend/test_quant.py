@@ -38,7 +38,7 @@ def results(found: Any) -> list[Tensor]:
 
 
 def assert_quantised(actual: list[Tensor], wanted: list[Tensor]) -> None:
-    """Numbers differ where a quotient lies in the middle, seldom, and by what the model's own roundings of 16 bits make; floats by these."""
+    """Numbers differ where a quotient is halfway, seldom, and by what the model's own roundings to 16 bits make; floats by those."""
     for a, w in zip(actual, wanted, strict=True):
         assert (a.shape, a.dtype) == (w.shape, w.dtype)
         if a.dtype in (torch.int8, torch.uint8):
