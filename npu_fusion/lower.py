@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import operator
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -25,6 +25,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from .config import FusionConfig
+from .decompose import emit_parts
 from .layout import emit_layout, memory_of, needs_layout, own_tensor, returned_memory, row_major, same_strides
 from .lift import restore
 from .metadata import Metadata
@@ -71,10 +72,6 @@ class Arguments:
             raise AttributeError(f"the semantic op has no argument {name!r}; it has {', '.join(self._values)}") from None
         self._read.add(name)
         return value
-
-    def all(self) -> dict[str, Any]:
-        """Every argument by its name."""
-        return dict(self._values)
 
     def unread(self) -> dict[str, Any]:
         """The arguments that nobody asked for and whose values are not their defaults."""
@@ -125,7 +122,7 @@ def providers_of(op: str, target: str) -> list[Provider]:
 def launches_of(op: str, config: FusionConfig, dry_run: bool) -> int:
     """How many kernels a call of a semantic op is expected to launch on the target: what its best provider says, 1 without any.
 
-    An op that nothing computes is taken apart where something computes one of its parts, and counts as these.
+    An op of several parts that nothing computes is taken apart where something computes one of these, and counts as they do.
     """
     best = _best_provider(op, config, dry_run)
     if best is not None:
@@ -207,9 +204,9 @@ class Builder:
         known = self._known.get(key) if key is not None else None
         return self._insert(key, target, args, kwargs) if known is None else known
 
-    def part(self, op: SemanticOp, *args: Any, **kwargs: Any) -> Node:
-        """A call of a semantic op, to be lowered next: never shared, because lowering erases it."""
-        return self._insert(None, op.overload, args, kwargs)
+    def emit_anew(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """As `emit`, a node that no later call shares."""
+        return self._insert(None, target, args, kwargs)
 
     def copy(self, node: Node) -> Node:
         """A copy of the node in memory of its own, which nothing else shares."""
@@ -294,6 +291,11 @@ class Builder:
         emitted = {node for _, node in self._emitted}
         return [node for node in dict.fromkeys(read for made in emitted for read in made.all_input_nodes) if node not in emitted]
 
+    def calls(self) -> list[tuple[Node, SemanticOp]]:
+        """The calls of semantic ops among what was emitted since `begin`."""
+        found = [(node, find_semantic_op(node.target)) for _, node in self._emitted]
+        return [(node, op) for node, op in found if op is not None]
+
     def take_back(self) -> None:
         """Erase what was emitted since `begin`."""
         for key, node in reversed(self._emitted):
@@ -310,10 +312,14 @@ class Builder:
 
     def sweep(self) -> None:
         """Erase what was emitted since `begin` and is of no use."""
+        kept = []
         for key, node in reversed(self._emitted):
-            if not node.users and not node.is_impure():
-                self._known.pop(key, None)
-                self.graph.erase_node(node)
+            if node.users or node.is_impure():
+                kept.append((key, node))
+                continue
+            self._known.pop(key, None)
+            self.graph.erase_node(node)
+        self._emitted = kept[::-1]
 
 
 DEVICES = {"cuda": "cuda", "cpu": "cpu"}  # of the targets that are not Ascend's
@@ -373,13 +379,12 @@ def _lower_all(gm: GraphModule, config: FusionConfig, record: GraphRecord, refer
         op = find_semantic_op(node.target)
         if op is None:
             continue
-        providers = [] if reference_only else providers_of(op.name, config.target)
-        lowered = bool(providers) or (not reference_only and any(providers_of(part, config.target) for part in op.parts))
-        if lowered and builder is None:
+        known = not reference_only and any(providers_of(name, config.target) for name in (op.name, *parts_of(op.name)))
+        if known and builder is None:
             builder = Builder(gm, config, record.dry_run)
         name = node.name
-        if builder is not None and lowered:
-            chosen[name] = _lower(builder, node, op, providers, record)
+        if builder is not None and known:
+            chosen[name] = _lower(builder, node, op, record)
         else:
             chosen[name] = REFERENCE, None if reference_only else _why_none(op, config.target)
     if builder is not None:
@@ -394,42 +399,42 @@ def _why_none(op: SemanticOp, target: str) -> str | None:
     return f"nothing on {target} is known to compute it" if any(target in provider.targets for provider in _PROVIDERS) else None
 
 
-def _lower(builder: Builder, node: Node, op: SemanticOp, providers: Iterable[Provider], record: GraphRecord) -> tuple[str, str | None]:
-    """Lower one node; the provider taken, or those of its parts, and why those before it were not."""
+def _lower(builder: Builder, node: Node, op: SemanticOp, record: GraphRecord) -> tuple[str, str | None]:
+    """Lower one node; the provider taken, and why those before it were not.
+
+    A call of several parts that no provider takes is taken apart, each part lowered by itself, where there is a provider of one of them.
+    """
+    target = builder.config.target
     passed_over: list[str] = []
+    providers = providers_of(op.name, target)
     for provider in providers:
         reason = _try(builder, node, op, provider, record)
         if reason is None:
             return provider.name, "; ".join(passed_over) or None
         if reason:
             passed_over.append(f"{provider.name}: {reason}")
-    names = []
-    for part, made in _take_apart(builder, node, op):
-        name, reason = _lower(builder, made, part, providers_of(part.name, builder.config.target), record)
-        names.append(name)
-        passed_over += [reason] if reason else []
-    return " + ".join(names) or REFERENCE, "; ".join(passed_over) or None
+    if not providers and (reason := _why_none(op, target)) is not None:
+        passed_over.append(reason)
+    if any(providers_of(part, target) for part in op.parts) and _take_apart(builder, node, op, record):
+        lowered = [(part, *_lower(builder, call, part, record)) for call, part in builder.calls()]
+        passed_over += [f"{part.name}: {reason}" for part, _, reason in lowered if reason]
+        return " + ".join(name for _, name, _ in lowered), "; ".join(passed_over) or None
+    return REFERENCE, "; ".join(passed_over) or None
 
 
-def _take_apart(builder: Builder, node: Node, op: SemanticOp) -> list[tuple[SemanticOp, Node]]:
-    """Replace the call of an op by calls of its parts, if the target computes one of these; those calls, which are to be lowered."""
-    if not any(providers_of(part, builder.config.target) for part in op.parts):
-        return []
-    made: list[tuple[SemanticOp, Node]] = []
-
-    def call(part: SemanticOp, *args: Any, **kwargs: Any) -> Any:
-        made.append((part, builder.part(part, *args, **kwargs)))
-        count = len(part.overload._schema.returns)
-        return made[-1][1] if count == 1 else builder.results(made[-1][1], count)
-
+def _take_apart(builder: Builder, node: Node, op: SemanticOp, record: GraphRecord) -> bool:
+    """Replace the node by calls of its parts; False, the graph being as it was, if that cannot be done."""
     builder.begin(node)
     try:
-        _replace(builder, node, op.taken_apart(call, Arguments(node).all()))
-    except Refused:  # another memory layout, on which somebody relies
+        _replace(builder, node, emit_parts(op, node, builder.emit_anew, builder.results))
+    except Exception as error:  # a reference may raise anything for the values of a graph; it then runs as a whole
         builder.take_back()
-        return []
+        text = f"{type(error).__name__}: {error}"
+        if record.rule_errors.setdefault(op.name, text) is text:
+            log.warning("a call of %s cannot be taken apart", op.name, exc_info=error)
+        return False
     builder.sweep()
-    return made
+    return True
 
 
 def _try(builder: Builder, node: Node, op: SemanticOp, provider: Provider, record: GraphRecord) -> str | None:

@@ -35,7 +35,7 @@ class SemanticOp:
     """One semantic op: its family, schema, reference and fake kernel.
 
     Calling it runs the torch operator, so that a call can be traced, faked and profiled like any other. `parts` names the ops that compute
-    the same one after the other, bit for bit, where it stands for several; `apart` says how (`taken_apart`).
+    the same one after the other, where it stands for several; its reference is written with them (see decompose.py).
     """
 
     name: str
@@ -44,7 +44,6 @@ class SemanticOp:
     reference: Callable[..., Any]
     parts: tuple[str, ...] = ()
     _fakes: list[Callable[..., Any]] = field(default_factory=list)
-    _apart: list[Callable[..., Any]] = field(default_factory=list)
 
     @property
     def overload(self) -> OpOverload:
@@ -63,18 +62,6 @@ class SemanticOp:
         self._fakes.append(kernel)
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", kernel, lib=_LIBRARY)
         return kernel
-
-    def apart(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Register how the op is taken apart (decorator): a function of `call` and the op's arguments that calls `call(part, ...)`.
-
-        `call` gives what the part does. The function returns the results of the op, None for one that nobody asked for.
-        """
-        self._apart.append(function)
-        return function
-
-    def taken_apart(self, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """The results of the op by calls of its parts; None for an op that has none."""
-        return self._apart[0](call, **arguments) if self._apart else None
 
     def differentiate(self, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
         """Register the gradient, as `torch.library.register_autograd` has it."""

@@ -28,7 +28,7 @@ def _filled(b: Builder, like: Node, value: float, dtype: torch.dtype) -> Node:
     return b.constant(("filled", size, value, dtype, device), lambda: torch.full((int(size),), value, dtype=dtype, device=device))
 
 
-def _weight(b: Builder, x: Node, weight: Node | None) -> Node:
+def weight_or_ones(b: Builder, x: Node, weight: Node | None) -> Node:
     """The weight, or ones; in a dtype that npu_rms_norm takes beside x."""
     dtype = b.val(x).dtype
     if weight is None:
@@ -61,7 +61,7 @@ def _normalised(b: Builder, a: Arguments, npu: Npu, x: Node, out_dtype: torch.dt
         weight = a.weight if dtype in _HALVES else b.cast(a.weight, dtype)
         y, _ = npu("npu::npu_gemma_rms_norm", x, weight, a.eps)
     else:
-        y, _ = npu("npu::npu_rms_norm", x, _weight(b, x, a.weight), a.eps)
+        y, _ = npu("npu::npu_rms_norm", x, weight_or_ones(b, x, a.weight), a.eps)
     return b.cast(y, out_dtype)
 
 
@@ -90,7 +90,7 @@ def fp32_rms_norm(b: Builder, a: Arguments, npu: Npu) -> Node:
     if weight is not None:
         weight = b.cast(weight, torch.float32)
         weight = b.emit(aten.add.Tensor, weight, 1) if a.weight_offset else weight
-    y = _grouped(b, x, weight, a, npu) if a.group_size else npu("npu::npu_rms_norm", x, _weight(b, x, weight), a.eps)[0]
+    y = _grouped(b, x, weight, a, npu) if a.group_size else npu("npu::npu_rms_norm", x, weight_or_ones(b, x, weight), a.eps)[0]
     if gate is not None and not a.gate_first:
         y = b.emit(aten.mul.Tensor, y, gate)
     return b.cast(y, out_dtype)
@@ -123,7 +123,7 @@ def _sum_args(b: Builder, a: Arguments) -> tuple[Node, Node]:
     return x, residual
 
 
-def _keeps_sum(b: Builder, a: Arguments, dtype: torch.dtype) -> None:
+def keeps_sum(b: Builder, a: Arguments, dtype: torch.dtype) -> None:
     """bf16: the op normalises the unrounded sum; fp16: the rounded one."""
     if dtype == torch.bfloat16:
         keeps_rounding(b, None, None if a.norm_unrounded else dtype, "the sum that is normalised")
@@ -143,8 +143,8 @@ def add_rms_norm(b: Builder, a: Arguments, npu: Npu) -> list[Node]:
         keeps_rounding(b, dtype, a.round_dtype, "the normalised sum before the weight")
     elif a.round_dtype is not None:
         keeps_rounding(b, None, _rounds_before_weight(a, dtype), "the normalised sum before the weight")
-    _keeps_sum(b, a, dtype)
-    y, _, total = npu("npu::npu_add_rms_norm", x, residual, _weight(b, x, a.weight), a.eps)
+    keeps_sum(b, a, dtype)
+    y, _, total = npu("npu::npu_add_rms_norm", x, residual, weight_or_ones(b, x, a.weight), a.eps)
     return [y, total]
 
 
@@ -155,8 +155,8 @@ def add_rms_norm_cast(b: Builder, a: Arguments, npu: Npu) -> list[Node]:
     x, residual = _sum_args(b, a)
     dtype = b.val(x).dtype
     keeps_rounding(b, None, _rounds_before_weight(a, dtype), "the normalised sum before the weight")
-    _keeps_sum(b, a, dtype)
-    _, y, _, total = npu("npu::npu_add_rms_norm_cast", x, residual, _weight(b, x, a.weight), a.eps)
+    keeps_sum(b, a, dtype)
+    _, y, _, total = npu("npu::npu_add_rms_norm_cast", x, residual, weight_or_ones(b, x, a.weight), a.eps)
     return [y, total]
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..semantic import semantic_op
-from ._common import check_type, check_value
+from ._common import check_type
 from .glu import glu
 from .norm import add_rms_norm, rms_norm
 from .quant import dequantize, quantize
-from .quant_core import DEQUANTIZATION_NAMES, QUANTIZE_SCHEMA, Dequantization, Quantization, Quantized, quantization
+from .quant_core import DEQUANTIZATION_NAMES, QUANTIZE_SCHEMA, Quantization, Quantized
 
 _NORM = "int weight_offset=0, ScalarType? round_dtype=None, ScalarType? norm_dtype=None, bool return_norm=False"
 
@@ -58,10 +58,8 @@ def rms_norm_quant(
     Source: `npu_rms_norm_quant`, `npu_rms_norm_quant_v2` of torch_npu.
     """
     return_norm = options.pop("return_norm", False)
-    how, norm = quantization({"scale": scale, "zero_point": zero_point, **options}), _norm_arguments(options)
-    y = rms_norm(x, weight, eps, **norm)
-    how.check("rms_norm_quant", y)
-    return *how.quantize(y), y if return_norm else y.new_empty((0,))
+    y = rms_norm(x, weight, eps, **_norm_arguments(options))
+    return *quantize(y, scale, zero_point, **options), y if return_norm else y.new_empty((0,))
 
 
 @rms_norm_quant.fake
@@ -69,17 +67,10 @@ def _(
     x: Tensor, weight: Tensor | None, eps: float, scale: Tensor | None = None, zero_point: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return_norm = options.pop("return_norm", False)
-    how, norm = quantization({"scale": scale, "zero_point": zero_point, **options}), _norm_arguments(options)
-    y = rms_norm(x, weight, eps, **norm)
+    y = rms_norm(x, weight, eps, **_norm_arguments(options))
+    how = Quantization(scale, zero_point, **options)
     how.check("rms_norm_quant", y)
     return *how.empty(y), y if return_norm else y.new_empty((0,))
-
-
-@rms_norm_quant.apart
-def _(call: Any, x: Any, weight: Any, eps: float, scale: Any = None, zero_point: Any = None, **options: Any) -> list[Any]:
-    return_norm, norm = options.pop("return_norm", False), _norm_arguments(options)
-    y = call(rms_norm, x, weight, eps, **norm)
-    return [*call(quantize, y, scale, zero_point, **options), y if return_norm else None]
 
 
 @semantic_op(
@@ -120,26 +111,15 @@ def add_rms_norm_quant(
 
     Source: `npu_add_rms_norm_quant`, `npu_add_rms_norm_dynamic_quant` of torch_npu.
     """
-    y, total, how, return_norm = _added(x, residual, weight, eps, scale, zero_point, options)
-    return *how.quantize(y), y if return_norm else y.new_empty((0,)), total
-
-
-def _added(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor, Quantization, bool]:
-    """The norm, the sum, how the norm is quantised, and whether it is returned."""
     return_norm = options.pop("return_norm", False)
-    sums = {name: options.pop(name) for name in ("bias", "norm_unrounded", "sum_dtype") if name in options}
-    how, norm = quantization({"scale": scale, "zero_point": zero_point, **options}), _norm_arguments(options)
-    y, total = add_rms_norm(x, residual, weight, eps, **sums, **norm)
-    how.check("add_rms_norm_quant", y)
-    return y, total, how, return_norm
+    y, total = add_rms_norm(x, residual, weight, eps, **_sum_arguments(options))
+    return *quantize(y, scale, zero_point, **options), y if return_norm else y.new_empty((0,)), total
+
+
+def _sum_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the sum and its norm among those of an op, under their names."""
+    sums: dict[str, Any] = {name: options.pop(name) for name in ("bias", "norm_unrounded", "sum_dtype") if name in options}
+    return {**sums, **_norm_arguments(options)}
 
 
 @add_rms_norm_quant.fake
@@ -152,16 +132,11 @@ def _(
     zero_point: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y, total, how, return_norm = _added(x, residual, weight, eps, scale, zero_point, options)
-    return *how.empty(y), y if return_norm else y.new_empty((0,)), total
-
-
-@add_rms_norm_quant.apart
-def _(call: Any, x: Any, residual: Any, weight: Any, eps: float, scale: Any = None, zero_point: Any = None, **options: Any) -> list[Any]:
     return_norm = options.pop("return_norm", False)
-    sums = {name: options.pop(name) for name in ("bias", "norm_unrounded", "sum_dtype") if name in options}
-    y, total = call(add_rms_norm, x, residual, weight, eps, **sums, **_norm_arguments(options))
-    return [*call(quantize, y, scale, zero_point, **options), y if return_norm else None, total]
+    y, total = add_rms_norm(x, residual, weight, eps, **_sum_arguments(options))
+    how = Quantization(scale, zero_point, **options)
+    how.check("add_rms_norm_quant", y)
+    return *how.empty(y), y if return_norm else y.new_empty((0,)), total
 
 
 # -------------------------------------------------------------------- gated units
@@ -206,24 +181,17 @@ def glu_quant(gate: Tensor, up: Tensor | None, scale: Tensor | None = None, zero
 
     Source: `npu_swiglu_quant` of torch_npu.
     """
-    how, unit = quantization({"scale": scale, "zero_point": zero_point, **options}), _unit_arguments(options)
-    y = glu(gate, up, **unit)
-    how.check("glu_quant", y)
-    return how.quantize(y)
+    y = glu(gate, up, **_unit_arguments(options))
+    found: Quantized = quantize(y, scale, zero_point, **options)
+    return found
 
 
 @glu_quant.fake
 def _(gate: Tensor, up: Tensor | None, scale: Tensor | None = None, zero_point: Tensor | None = None, **options: Any) -> Quantized:
-    how, unit = quantization({"scale": scale, "zero_point": zero_point, **options}), _unit_arguments(options)
-    y = glu(gate, up, **unit)
+    y = glu(gate, up, **_unit_arguments(options))
+    how = Quantization(scale, zero_point, **options)
     how.check("glu_quant", y)
     return how.empty(y)
-
-
-@glu_quant.apart
-def _(call: Any, gate: Any, up: Any, scale: Any = None, zero_point: Any = None, **options: Any) -> Any:
-    unit = _unit_arguments(options)
-    return call(quantize, call(glu, gate, up, **unit), scale, zero_point, **options)
 
 
 _SUMS = (
@@ -270,22 +238,18 @@ def dequant_glu_quant(
 
     Source: `npu_dequant_swiglu_quant` of torch_npu.
     """
-    how, y = _of_sums(x, {"sum_scale": sum_scale, "sum_scale2": sum_scale2, "scale": scale, "zero_point": zero_point, **options})
-    return how.quantize(y)
+    y = _unit_of_sums(x, sum_scale, sum_scale2, options)
+    found: Quantized = quantize(y, scale, zero_point, **options)
+    return found
 
 
-def _of_sums(x: Tensor, options: dict[str, Any]) -> tuple[Quantization, Tensor]:
-    """The unit of the sums, and how it is quantised."""
-    op = "dequant_glu_quant"
-    check_type(op, x.dtype == torch.int32, f"x must be int32, not {x.dtype}")
-    sums = {name: options.pop(f"sum_{name}") for name in DEQUANTIZATION_NAMES if f"sum_{name}" in options}
-    dequantization = Dequantization(**sums)
-    dequantization.check(op, x.shape)
-    check_value(op, dequantization.result_dtype.is_floating_point, "the sums stay whole")
-    how, unit = quantization(options), _unit_arguments(options)
-    y = glu(dequantization.dequantize(x), None, **unit)
-    how.check(op, y)
-    return how, y
+def _unit_of_sums(x: Tensor, scale: Tensor, scale2: Tensor | None, options: dict[str, Any]) -> Tensor:
+    """The unit of the sums; takes its arguments out of `options`."""
+    check_type("dequant_glu_quant", x.dtype == torch.int32, f"x must be int32, not {x.dtype}")
+    names = [name for name in DEQUANTIZATION_NAMES if f"sum_{name}" in options]
+    sums = dequantize(x, scale, scale2, **{name: options.pop(f"sum_{name}") for name in names})
+    unit: Tensor = glu(sums, None, **_unit_arguments(options))
+    return unit
 
 
 @dequant_glu_quant.fake
@@ -297,13 +261,7 @@ def _(
     zero_point: Tensor | None = None,
     **options: Any,
 ) -> Quantized:
-    how, y = _of_sums(x, {"sum_scale": sum_scale, "sum_scale2": sum_scale2, "scale": scale, "zero_point": zero_point, **options})
+    y = _unit_of_sums(x, sum_scale, sum_scale2, options)
+    how = Quantization(scale, zero_point, **options)
+    how.check("dequant_glu_quant", y)
     return how.empty(y)
-
-
-@dequant_glu_quant.apart
-def _(call: Any, x: Any, sum_scale: Any, sum_scale2: Any = None, scale: Any = None, zero_point: Any = None, **options: Any) -> Any:
-    sums = {name: options.pop(f"sum_{name}") for name in DEQUANTIZATION_NAMES if f"sum_{name}" in options}
-    unit = _unit_arguments(options)
-    h = call(dequantize, x, sum_scale, sum_scale2, None, sums.pop("bias", None), **sums)
-    return call(quantize, call(glu, h, None, **unit), scale, zero_point, **options)

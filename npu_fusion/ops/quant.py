@@ -148,10 +148,24 @@ def quant_linear(
     return how.dequantize(_whole_matmul(x, weight)).contiguous()
 
 
+_LEAST_ROWS = 17  # cuBLASLt's int8 product takes no fewer
+_ALIGNMENT = 8
+
+
 def _whole_matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x W in int32. In float64 where a device multiplies no whole matrices: sums of 2^39 products and fewer are exact there."""
-    if x.device.type in ("cpu", "meta"):
-        return torch.matmul(x.to(torch.int32), weight.to(torch.int32))
+    """x W in int32, exactly: by `torch._int_mm`, rows being padded to as many as a GPU takes.
+
+    In float64, where sums of 2^39 products and fewer are exact, for sizes that a GPU does not take and for devices that multiply no whole
+    matrices.
+    """
+    (inputs, outputs), lead = weight.shape, x.shape[:-1]
+    rows = x.reshape(-1, inputs)
+    if x.device.type == "cpu":
+        return torch._int_mm(rows, weight).reshape(*lead, outputs)
+    if x.device.type == "cuda" and inputs % _ALIGNMENT == 0 and outputs % _ALIGNMENT == 0:
+        missing = max(_LEAST_ROWS - rows.shape[0], 0)
+        padded = torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
+        return torch._int_mm(padded, weight)[: rows.shape[0]].reshape(*lead, outputs)
     return torch.matmul(x.double(), weight.double()).to(torch.int32)
 
 

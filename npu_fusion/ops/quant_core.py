@@ -218,11 +218,6 @@ class Quantization:
 QUANTIZATION_NAMES = tuple(field.name for field in fields(Quantization))
 
 
-def quantization(options: dict[str, object]) -> Quantization:
-    """The `Quantization` among an op's arguments; takes its arguments out of `options`."""
-    return Quantization(**{name: options.pop(name) for name in QUANTIZATION_NAMES if name in options})  # type: ignore[arg-type]
-
-
 @dataclass(frozen=True)
 class Dequantization:
     """The arguments by which whole numbers n [..., N] become floating.

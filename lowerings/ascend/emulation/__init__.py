@@ -18,6 +18,7 @@ from . import (
     norm,
     qkv_rms_norm_rope_cache,
     quant,
+    quant_matmul,
     rope,
     weight_only,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "norm",
     "qkv_rms_norm_rope_cache",
     "quant",
+    "quant_matmul",
     "rope",
     "weight_only",
 ]

@@ -1,0 +1,93 @@
+"""Taking a semantic op of several parts apart: a call becomes the calls that its reference makes.
+
+The reference of such an op is written with the semantic ops that are its parts. It is run on fake tensors, and every op that it calls is
+emitted as a node: what an op means is written down once, and the parts compute what the whole does, bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from .semantic import SemanticOp
+
+Emit = Callable[..., Node]
+
+
+class NoParts(Exception):
+    """The reference computes with something that is no node of the graph."""
+
+
+def emit_parts(op: SemanticOp, call: Node, emit: Emit, results: Callable[[Node, int], Sequence[Node]]) -> Node | list[Node]:
+    """Emit the calls that the reference of an op makes.
+
+    Args:
+        op: the semantic op.
+        call: the node that calls it.
+        emit: makes a node of a target and its arguments, with its metadata.
+        results: the first so many results of a node that has several.
+
+    Returns:
+        the node of its result; a list of them for an op with several.
+
+    Raises:
+        NoParts: its reference reads something that is no argument and no result of an op.
+    """
+    recorder = _Recorder(call, emit, results)
+    args, kwargs = tree_map(recorder.value, (tuple(call.args), dict(call.kwargs)))
+    with recorder:
+        found = op.reference(*args, **kwargs)
+    return recorder.node(found) if isinstance(found, Tensor) else [recorder.node(value) for value in found]
+
+
+class _Recorder(TorchDispatchMode):
+    """Emits what is called while it is on; keeps which node has which value."""
+
+    def __init__(self, call: Node, emit: Emit, results: Callable[[Node, int], Sequence[Node]]) -> None:
+        super().__init__()
+        self._emit, self._results = emit, results
+        self._nodes: dict[int, Node] = {}
+        self._values: list[Any] = []  # kept, so that no other gets their identity
+        for node in call.all_input_nodes:
+            known = self._nodes.get(_identity(node.meta["val"]))
+            if known is not None:
+                raise NoParts(f"{known} and {node} are one tensor")
+            self._keep(node)
+
+    def _keep(self, node: Node) -> Any:
+        value = node.meta["val"]
+        self._nodes[_identity(value)] = node
+        self._values.append(value)
+        return value
+
+    def value(self, argument: Any) -> Any:
+        return argument.meta["val"] if isinstance(argument, Node) else argument
+
+    def node(self, value: Any) -> Any:
+        """The node of a tensor or a symbolic number; another value itself."""
+        if not isinstance(value, (Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return value
+        if _identity(value) not in self._nodes:
+            raise NoParts(f"{value} is no result of an op")
+        return self._nodes[_identity(value)]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map(self.node, (tuple(args), dict(kwargs or {})))
+        node = self._emit(func, *args, **kwargs)
+        value = node.meta["val"]
+        if isinstance(value, (tuple, list)):
+            return tuple(self._keep(result) for result in self._results(node, len(value)))
+        return self._keep(node)
+
+
+def _identity(value: Any) -> int:
+    """What tells values apart; a symbolic number is wrapped anew whenever it passes the dispatcher."""
+    return id(value) if isinstance(value, Tensor) else id(value.node)
