@@ -1,11 +1,13 @@
 """Routed experts on Ascend: npu_moe_init_routing_v2, npu_grouped_matmul, the unit, npu_grouped_matmul, npu_moe_finalize_routing.
 
 These are the calls of SGLang's and vLLM's Ascend backends. Sizes do not depend on the routing, and the counts of each expert stay on the
-device, so that a graph capture holds them. Ids must be those of experts: the sort has no place for others.
+device, so that a graph capture holds them. The sort has no place for ids that are of no expert, such as -1: unless they come from a choice
+among the experts, such a row goes to an expert, and counts nothing.
 """
 
 from __future__ import annotations
 
+import operator
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,8 +45,9 @@ def moe_experts(b: Builder, a: Arguments, npu: Npu) -> Node:
         not biased or b.config.rounding != "exact", "it keeps the sum with the bias in fp32, the model rounds it: rounding is 'exact'"
     )
     keeps_rounding(b, None, a.product_dtype if a.product_dtype in _HALVES else None, "the weighted products")
+    ids, weights = _of_experts(b, a.indices, weights, experts)
     mode = {"expert_num": experts, "active_expert_range": [0, experts], "expert_tokens_num_type": 1, "expert_tokens_num_flag": True}
-    rows, places, counts, _ = npu("npu::npu_moe_init_routing_v2", b.contiguous(x), b.contiguous(b.cast(a.indices, torch.int32)), **mode)
+    rows, places, counts, _ = npu("npu::npu_moe_init_routing_v2", b.contiguous(x), b.contiguous(b.cast(ids, torch.int32)), **mode)
 
     def product(source: Node, matrices: Node, bias: Node | None) -> Node:
         given = {} if bias is None else {"bias": [b.cast(bias, torch.float32 if dtype == torch.bfloat16 else dtype)]}
@@ -59,6 +62,36 @@ def moe_experts(b: Builder, a: Arguments, npu: Npu) -> Node:
     results, scales = b.cast(results, wide), b.contiguous(b.cast(weights, wide))
     y = npu("npu::npu_moe_finalize_routing", results, None, None, None, scales, places, None, drop_pad_mode=2)
     return b.cast(y, a.out_dtype or dtype)
+
+
+_CHOICES = ("aten.topk", "npu_fusion.moe_gating", "npu.npu_moe_gating_top_k", "npu.npu_moe_gating_top_k_softmax_v2")
+_VIEWS = ("aten._to_copy", "aten.view", "aten.reshape", "aten._unsafe_view")
+
+
+def _of_experts(b: Builder, ids: Node, weights: Node, experts: Any) -> tuple[Node, Node]:
+    """Ids that are all of experts, and the weights, 0 where an id was none."""
+    if _are_chosen(b, ids, experts):
+        return ids, weights
+    known = b.emit(aten.logical_and.default, b.emit(aten.ge.Scalar, ids, 0), b.emit(aten.lt.Scalar, ids, experts))
+    return b.emit(aten.clamp.default, ids, 0, experts - 1), b.emit(aten.where.ScalarOther, known, weights, 0.0)
+
+
+def _are_chosen(b: Builder, ids: Node, experts: Any) -> bool:
+    """Whether the ids are the places of the largest of so many scores."""
+    while _name(ids) in _VIEWS:
+        ids = ids.args[0]  # type: ignore[assignment]
+    if ids.target is not operator.getitem or ids.args[1] != 1:
+        return False
+    choice = ids.args[0]
+    if not isinstance(choice, Node) or _name(choice) not in _CHOICES:
+        return False
+    scores = choice.args[0]
+    last = choice.args[2:3] in ((), (-1,)) or not str(choice.target).startswith("aten")
+    return isinstance(scores, Node) and last and b.equal(b.val(scores).shape[-1], experts)
+
+
+def _name(node: Node) -> str:
+    return str(node.target).rpartition(".")[0] if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
 def _unit(b: Builder, a: Arguments, npu: Npu, gate: Node, up: Node | None) -> Any:

@@ -109,3 +109,33 @@ def test_routers(options: dict[str, Any], provider: str) -> None:
         return moe_gating(logits, bias, 4, **options)[0] * 1
 
     assert lower_and_check(gate, gate, torch.randn(6, 16).to(BF16)).provider == provider
+
+
+def test_ids_of_no_expert_count_nothing() -> None:
+    weights, *rest = tensors()
+    ids = IDS.clone()
+    ids[0, 0], ids[2, 1] = -1, EXPERTS
+    found = lower_call(call(), ids.to(BF16), weights, *rest)
+    assert found.provider == PROVIDER
+    kept = weights.clone()
+    kept[0, 0] = kept[2, 1] = 0
+    expected = lower_call(call(), IDS.to(BF16), kept, *rest).gm(IDS.to(BF16), kept, *rest)
+    torch.testing.assert_close(found.gm(ids.to(BF16), weights, *rest), expected)
+    reference = call()(ids.to(BF16), weights, *rest)
+    torch.testing.assert_close(found.gm(ids.to(BF16), weights, *rest), reference, rtol=2e-2, atol=2e-2)
+
+
+def test_ids_that_were_chosen_among_the_experts_are_taken_as_they_are() -> None:
+    _, x, gate_up, down = tensors()
+
+    def experts(logits: Tensor, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        weights, ids = logits.topk(K)
+        return moe_experts(x, ids, weights, gate_up, None, down)
+
+    def masked(count: int) -> bool:
+        found = lower_call(experts, torch.randn(TOKENS, count).to(BF16), x, gate_up, down)
+        assert found.provider == PROVIDER
+        return "aten.clamp" in found.targets()
+
+    assert not masked(EXPERTS)
+    assert masked(EXPERTS + 1), "a choice among more"
