@@ -109,8 +109,11 @@ def kernels(folder: Path) -> set[str]:
 
 
 def test_every_kernel_has_a_case(results: Results) -> None:
+    """But those of the files that are for GPUs alone, which tests/kernels/test_gpu_code.py compiles."""
     covered = {result.subject.kernel for result in results.values()}
-    assert kernels(ROOT / "kernels") - covered == set()
+    for_gpus = {path.stem for path in (ROOT / "tests" / "kernels" / "gpu_cases").glob("*.py")}
+    missing = kernels(ROOT / "kernels") - covered
+    assert {name for name in missing if name.split(".")[2] not in for_gpus} == set()
 
 
 def test_kernels_are_found(tmp_path: Path) -> None:
