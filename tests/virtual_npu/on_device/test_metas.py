@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -22,17 +23,22 @@ def traced(name: str, arguments: dict[str, Any], mode: str) -> tuple[Any, dict[s
 
     overload = overload_of(ascend_ops()[name])
     assert overload is not None, f"torch_npu has no {name}"
-    given = {key: value.npu() if isinstance(value, Tensor) else value for key, value in arguments.items()}
-    names = [key for key, value in given.items() if isinstance(value, Tensor)]
+    leaves, spec = pytree.tree_flatten(dict(arguments))
+    leaves = [leaf.npu() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def filled(tensors: Sequence[Any]) -> dict[str, Any]:
+        there = dict(zip(places, tensors, strict=True))
+        result: dict[str, Any] = pytree.tree_unflatten([there.get(place, leaf) for place, leaf in enumerate(leaves)], spec)
+        return result
 
     def call(*tensors: Tensor) -> Any:
-        return overload(**{**given, **dict(zip(names, tensors, strict=True))})
+        return overload(**filled(tensors))
 
-    graph = make_fx(call, tracing_mode=mode)(*(given[key] for key in names)).graph
-    placeholders = graph.find_nodes(op="placeholder")
-    fakes = {key: node.meta["val"] for key, node in zip(names, placeholders, strict=True)}
+    graph = make_fx(call, tracing_mode=mode)(*(leaves[place] for place in places)).graph
+    fakes = filled([node.meta["val"] for node in graph.find_nodes(op="placeholder")])
     [node] = graph.find_nodes(op="call_function", target=overload)  # one that only writes has no result
-    return node.meta.get("val"), {**given, **fakes}
+    return node.meta.get("val"), fakes
 
 
 @pytest.mark.parametrize("mode", ["fake", "symbolic"])
