@@ -67,16 +67,12 @@ def int4_linear(b: Builder, a: Arguments, npu: Npu) -> Node:
     zero = zero_point(b, a, dtype, 0 if a.signed else -PER_WORD)
     offset = _offset(b, a, zero, dtype)
     group = inputs // groups if groups > 1 else 0
-    bias, order = a.bias, None
-    if a.packs_inputs:
-        x = _in_order(b, x, nibbles)
-        codes = b.transpose(b.contiguous(words), 0, 1)
-        scale, offset = (None if t is None else b.transpose(b.contiguous(t), 0, 1) for t in (a.scale, offset))
-    else:
-        codes = b.contiguous(transposed(b, words))
-        scale, offset = (None if t is None else b.contiguous(transposed(b, t)) for t in (a.scale, offset))
-        order = None if nibbles == IN_ORDER else nibbles
-        scale, offset, bias = (None if t is None else _in_order(b, t, order or IN_ORDER) for t in (scale, offset, bias))
+    bias = a.bias
+    b.require(not a.packs_inputs, "torch_npu takes words of eight outputs; of words of inputs it reads too few inputs")
+    codes = b.contiguous(transposed(b, words))
+    scale, offset = (None if t is None else b.contiguous(transposed(b, t)) for t in (a.scale, offset))
+    order = None if nibbles == IN_ORDER else nibbles
+    scale, offset, bias = (None if t is None else _in_order(b, t, order or IN_ORDER) for t in (scale, offset, bias))
     assert scale is not None
     codes, scale = prepared(codes), prepared(scale)
     offset, bias = (t if t is None else prepared(t) for t in (offset, bias))

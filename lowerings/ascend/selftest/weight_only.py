@@ -12,13 +12,12 @@ _OP = "npu::npu_weight_quant_batchmatmul"
 
 
 def cases() -> Iterator[Case]:
-    """A decode step and a prefill: int8 weights as linears store them, [N, K]; int4 in words of outputs and of inputs."""
+    """A decode step and a prefill: int8 weights as linears store them, [N, K]; int4 in words of outputs."""
     for dtype in HALVES:
         yield case(_OP, _product, dtype, tokens=1, k=512, n=256, with_offset=False)
         yield case(_OP, _product, dtype, tokens=48, k=512, n=256, with_offset=True)
-        yield case(_OP, _int4_product, dtype, tokens=1, k=512, n=256, group=128, transposed=False)
-        yield case(_OP, _int4_product, dtype, tokens=48, k=512, n=256, group=128, transposed=True)
-        yield case(_OP, _int4_product, dtype, tokens=48, k=512, n=256, group=0, transposed=True)
+        yield case(_OP, _int4_product, dtype, tokens=1, k=512, n=256, group=128)
+        yield case(_OP, _int4_product, dtype, tokens=48, k=512, n=256, group=0)
 
 
 def _product(inputs: Inputs, dtype: torch.dtype, tokens: int, k: int, n: int, with_offset: bool) -> Arguments:
@@ -33,13 +32,11 @@ def _product(inputs: Inputs, dtype: torch.dtype, tokens: int, k: int, n: int, wi
     return arguments
 
 
-def _int4_product(inputs: Inputs, dtype: torch.dtype, tokens: int, k: int, n: int, group: int, transposed: bool) -> Arguments:
-    """Eight codes a word, of outputs, or of inputs where the weight is transposed, as scales and offsets then are too."""
-    rows, columns, groups = (n, k, k // group if group else 1) if transposed else (k, n, k // group if group else 1)
-    codes = (inputs.normal((rows, columns), torch.float32) * 3).round().clamp(-8, 7).to(torch.int64)
+def _int4_product(inputs: Inputs, dtype: torch.dtype, tokens: int, k: int, n: int, group: int) -> Arguments:
+    """Eight codes of outputs a word."""
+    codes = (inputs.normal((k, n), torch.float32) * 3).round().clamp(-8, 7).to(torch.int64)
     weight = sum((codes[:, i::8] & 15) << 4 * i for i in range(8)).to(torch.int32)  # type: ignore[union-attr]
-    sizes = (n, groups) if transposed else (groups, n)
+    sizes = (k // group if group else 1, n)
     scale, offset = inputs.near_one(sizes, dtype) / 3 * k**-0.5, inputs.normal(sizes, dtype, scale=2.0).round()
-    tensors = {"weight": weight, "antiquant_scale": scale, "antiquant_offset": offset}
-    laid_out = {name: tensor.t() if transposed else tensor for name, tensor in tensors.items()}
+    laid_out = {"weight": weight, "antiquant_scale": scale, "antiquant_offset": offset}
     return {"x": inputs.normal((tokens, k), dtype), **laid_out, "antiquant_group_size": group}

@@ -50,7 +50,7 @@ def test_schema_and_meta(name: str, mode: str) -> None:
     op, [ours] = ascend_ops()[name], emulated_ops()[name]._fakes
     cases = [case for target in ("ascend910b", "ascend950") for case in planned(target) if case.op == name]
     assert cases
-    for case in cases[:4]:
+    for case in cases[:2]:
         theirs, fakes = traced(name, case.arguments(), mode)
         known = {spec.name: spec.default_value for spec in _arguments_of(name)}
         expected = ours(**{**known, **fakes})
