@@ -17,6 +17,7 @@ from . import (
     norm,  # noqa: F401
     norm_quant,  # noqa: F401
     quant,  # noqa: F401
+    quant_given,  # noqa: F401
     quant_linear,  # noqa: F401
     rope,  # noqa: F401
     rope_norm,  # noqa: F401
