@@ -24,34 +24,33 @@ INPUTS_A_STEP = 128  # of a batch of warps: 16 rows of words
 # -------------------------------------------------------------------- words
 
 
+def _assembly(one: int) -> str:
+    """The eight nibbles of two words as the last bits of `one`, a pair of numbers with no other last bits, plane by plane."""
+    planes = []
+    for place in range(8):
+        half, shift = "lh"[place // 4], place % 4 * 4
+        source = half if shift == 0 else "t"
+        planes += [f"shr.b32 t, {half}, {shift};"] * (shift > 0)
+        planes.append(f"lop3.b32 ${place}, {source}, 0x000f000f, {one:#010x}, 0xea;")
+    joined = ["prmt.b32 l, $8, $9, 0x5410;", "prmt.b32 h, $8, $9, 0x7632;"]
+    return "\n".join(["{", ".reg .b32 l, h, t;", *joined, *planes, "}"])
+
+
+_ASSEMBLY_FP16 = gl.constexpr(_assembly(0x64006400))
+_ASSEMBLY_BF16 = gl.constexpr(_assembly(0x43004300))
+_REGISTERS = gl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r")
+
+
 @gluon.jit
-def _unpacked(words, FP16: gl.constexpr):
+def _unpacked(words, HALF: gl.constexpr):
     """The eight nibbles of words as eight tensors of ONE + nibble, exact: ONE is 1024 in fp16, 128 in bf16, whose last bits they are.
 
     Two words at a time, which a product takes side by side: sixteen instructions for sixteen weights.
     """
-    if FP16:
+    if gl.float16 == HALF:
         planes = gl.inline_asm_elementwise(
-            """{
-            .reg .b32 l, h, t;
-            prmt.b32 l, $8, $9, 0x5410;
-            prmt.b32 h, $8, $9, 0x7632;
-            lop3.b32 $0, l, 0x000f000f, 0x64006400, 0xea;
-            shr.b32 t, l, 4;
-            lop3.b32 $1, t, 0x000f000f, 0x64006400, 0xea;
-            shr.b32 t, l, 8;
-            lop3.b32 $2, t, 0x000f000f, 0x64006400, 0xea;
-            shr.b32 t, l, 12;
-            lop3.b32 $3, t, 0x000f000f, 0x64006400, 0xea;
-            lop3.b32 $4, h, 0x000f000f, 0x64006400, 0xea;
-            shr.b32 t, h, 4;
-            lop3.b32 $5, t, 0x000f000f, 0x64006400, 0xea;
-            shr.b32 t, h, 8;
-            lop3.b32 $6, t, 0x000f000f, 0x64006400, 0xea;
-            shr.b32 t, h, 12;
-            lop3.b32 $7, t, 0x000f000f, 0x64006400, 0xea;
-            }""",
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
+            _ASSEMBLY_FP16,
+            _REGISTERS,
             args=[words],
             dtype=(gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16),
             is_pure=True,
@@ -59,26 +58,8 @@ def _unpacked(words, FP16: gl.constexpr):
         )
     else:
         planes = gl.inline_asm_elementwise(
-            """{
-            .reg .b32 l, h, t;
-            prmt.b32 l, $8, $9, 0x5410;
-            prmt.b32 h, $8, $9, 0x7632;
-            lop3.b32 $0, l, 0x000f000f, 0x43004300, 0xea;
-            shr.b32 t, l, 4;
-            lop3.b32 $1, t, 0x000f000f, 0x43004300, 0xea;
-            shr.b32 t, l, 8;
-            lop3.b32 $2, t, 0x000f000f, 0x43004300, 0xea;
-            shr.b32 t, l, 12;
-            lop3.b32 $3, t, 0x000f000f, 0x43004300, 0xea;
-            lop3.b32 $4, h, 0x000f000f, 0x43004300, 0xea;
-            shr.b32 t, h, 4;
-            lop3.b32 $5, t, 0x000f000f, 0x43004300, 0xea;
-            shr.b32 t, h, 8;
-            lop3.b32 $6, t, 0x000f000f, 0x43004300, 0xea;
-            shr.b32 t, h, 12;
-            lop3.b32 $7, t, 0x000f000f, 0x43004300, 0xea;
-            }""",
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
+            _ASSEMBLY_BF16,
+            _REGISTERS,
             args=[words],
             dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
             is_pure=True,
@@ -153,8 +134,7 @@ def w4a16_products_kernel(
     taken off with the zero point: both times the sum of x, itself a product.
     """
     HALF: gl.constexpr = x_ptr.dtype.element_ty
-    FP16: gl.constexpr = x_ptr.dtype.element_ty == gl.float16
-    ONE: gl.constexpr = 1024.0 if FP16 else 128.0
+    ONE: gl.constexpr = 1024.0 if gl.float16 == HALF else 128.0
     WIDE: gl.constexpr = BLOCK // 8
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [SPLIT, 1, 1], [1, 16, 8])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
@@ -200,7 +180,7 @@ def w4a16_products_kernel(
                 zeros = zeros + (gl.load(zeros_ptr + group * OUTPUTS + column),)
         for ahead in gl.static_range(AHEAD):
             w = _inputs_in_order(_columns_in_order(words[ahead], SPLIT, WIDE), SPLIT, BLOCK)
-            planes = _unpacked(gl.convert_layout(w, LEFT, assert_trivial=True), FP16)
+            planes = _unpacked(gl.convert_layout(w, LEFT, assert_trivial=True), HALF)
             part = gl.full((SPLIT, BLOCK, ROWS), 0.0, gl.float32, PRODUCT)
             x_sum = gl.full((SPLIT, 16, ROWS), 0.0, gl.float32, PRODUCT)
             for i in gl.static_range(8):
