@@ -1,8 +1,8 @@
 """Weight-only linears on Ascend: `npu_weight_quant_batchmatmul`, which dequantises on the way into the matrix unit.
 
 `w = (code + offset) * scale` in the dtype of the activations: the offset is the zero point, negated. Four-bit weights are int32 words of
-eight two's complement nibbles, the lowest first: of outputs, [K, N / 8], or of inputs, [N, K / 8] transposed. A model's words of another
-order are used as they are: of inputs the activations change places, of outputs the results do.
+eight two's complement nibbles of outputs, the lowest first: [K, N / 8]. A model's words of another order are used as they are: the results
+change places. (The op's document has words of inputs too, [N, K / 8] transposed; torch_npu 2.13 takes K / 8 for K there, and raises.)
 """
 
 from __future__ import annotations
