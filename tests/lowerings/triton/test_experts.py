@@ -9,39 +9,11 @@ import torch
 from torch import Tensor
 
 from npu_fusion.lower import REFERENCE
-from npu_fusion.ops.experts import moe_experts
 from tests.lowerings.ascend.checks import Lowered, lower_and_check, lower_call
+from tests.lowerings.routed import BF16, EXPERTS, HIDDEN, IDS, INNER, call, tensors
 
-TOKENS, HIDDEN, INNER, EXPERTS, K = 5, 16, 8, 4, 2
 PROVIDER = "triton.moe_permute + aten._grouped_mm + triton.moe_unpermute"
 CUDA: dict[str, Any] = {"target": "cuda", "emulate": True}
-BF16 = torch.bfloat16
-IDS = torch.tensor([[0, 3], [3, 0], [2, 3], [0, 2], [3, 0]])  # nothing for expert 1
-
-
-def tensors(dtype: torch.dtype = BF16, *, width: int = 2 * INNER, up: bool = False, biases: bool = False) -> list[Tensor]:
-    """x, weights, gate_up, down, then up, then the biases of gate_up and down."""
-    torch.manual_seed(0)
-    found = [
-        torch.randn(TOKENS, HIDDEN),
-        torch.rand(TOKENS, K),
-        torch.randn(EXPERTS, width, HIDDEN).mT / 4,
-        torch.randn(EXPERTS, HIDDEN, INNER).mT / 3,
-    ]
-    found += [torch.randn(EXPERTS, HIDDEN, INNER) / 4] * up
-    found += [torch.randn(EXPERTS, width), torch.randn(EXPERTS, HIDDEN)] * biases
-    return [tensor.to(dtype) for tensor in found]
-
-
-def call(**options: Any) -> Any:
-    """A function of the tensors that calls the op; the ids come as a float tensor, as all inputs of `lower_and_check`."""
-
-    def experts(ids: Tensor, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, *rest: Tensor) -> Tensor:
-        up = rest[0] if len(rest) % 2 else None
-        named = dict(zip(("gate_up_bias", "down_bias"), rest[len(rest) % 2 :], strict=False))
-        return moe_experts(x, ids.long(), weights, gate_up, up, down, **named, **options) + 0
-
-    return experts
 
 
 def lowered(*inputs: Tensor, ids: Tensor = IDS, **options: Any) -> Lowered:
