@@ -240,10 +240,11 @@ def set_up_npu_compilers() -> None:
     _lazy_dynamo_setup()
 
 
-def accept_out_overloads() -> None:
-    """Let graphs run overloads that write to given memory and return it without a word of it in their schema, as torch_npu's `.out` do.
+def accept_outputs_over_inputs() -> None:
+    """Let graphs run ops of torch_npu that return given memory without a word of it in their schema.
 
-    Torch looks for such ops at a graph's first call: it warns, and where the variable CI is set it refuses the call.
+    Such are the `.out` overloads, and `npu_format_cast` of what has the format already. Torch looks for them at a graph's first call: it
+    warns, and where the variable CI is set it refuses the call.
     """
     from torch._functorch import config
 

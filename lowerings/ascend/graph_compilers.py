@@ -64,7 +64,6 @@ def hand_over(gm: GraphModule, example_inputs: Sequence[Any], record: GraphRecor
     examples = [*example_inputs, *beside.examples]
     if captures(config):
         mark_inputs_in_place(graph, examples)
-    torch_private.accept_out_overloads()
     compile_graph = {"npugraph_ex": _npugraph_ex, "torchair": _torchair}[config.executor]
     try:
         compiled = compile_graph(compiler, graph, examples, config)
@@ -274,7 +273,7 @@ def fusion_pass(config: FusionConfig, executor: str, *, before: GraphPass | None
         if before is not None:
             before(gm, example_inputs, compiler_config)
         if not is_training_graph(gm.graph):
-            torch_private.accept_out_overloads()
+            torch_private.accept_outputs_over_inputs()
             claim(_fuse_or_leave(gm, config, executor))
 
     return run
