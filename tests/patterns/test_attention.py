@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from npu_fusion import FusionConfig
+from tests.parameters import dtypes_and_shapes
 from tests.patterns.attention_checks import (
     BATCH,
     DTYPES,
@@ -105,8 +106,7 @@ def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 SPELLINGS = [after, divided, before, on_both, in_baddbmm, folded, einsum, written_softmax, grouped]
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@dtypes_and_shapes(DTYPES)
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_spellings(spelling: Callable[..., Tensor], dtype: torch.dtype, dynamic: bool) -> None:
     report = fused_within_contract(spelling, *heads(dtype), dynamic=dynamic)
@@ -160,8 +160,7 @@ def test_numbers_of_a_module(softcap: float | None, dynamic: bool) -> None:
 # -------------------------------------------------------------------- softcap and sinks
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@dtypes_and_shapes(DTYPES)
 def test_softcap(dtype: torch.dtype, dynamic: bool) -> None:
     def gemma2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         w = torch.tanh(q @ repeat_kv(k).mT * SCALE / 2.0) * 2.0
@@ -185,8 +184,7 @@ def gpt_oss(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
     return F.softmax(combined, dim=-1, dtype=combined.dtype)[..., :-1] @ repeat_kv(v)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@dtypes_and_shapes(DTYPES)
 def test_sinks(dtype: torch.dtype, dynamic: bool) -> None:
     (call,) = assert_fused(fused_within_contract(gpt_oss, *heads(dtype), torch.randn(HEADS).to(dtype), dynamic=dynamic))
     assert call.kwargs["sinks"].meta["val"].shape == (HEADS,)
@@ -202,8 +200,7 @@ def test_a_sink_for_every_query_is_none_of_ours() -> None:
 # -------------------------------------------------------------------- scaled_dot_product_attention
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@dtypes_and_shapes(DTYPES)
 @pytest.mark.parametrize(
     "arguments",
     [{}, {"is_causal": True}, {"scale": 0.3}, {"is_causal": True, "scale": 0.3}],

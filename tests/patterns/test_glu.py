@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from npu_fusion import FusionConfig, FusionReport
+from tests.parameters import dtypes_and_shapes
 from tests.patterns.support import fused, fused_within_contract
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -115,8 +116,7 @@ def is_merged(report: FusionReport) -> bool:
 # -------------------------------------------------------------------- positives
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@dtypes_and_shapes(DTYPES)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation(name: str, dtype: torch.dtype, dynamic: bool) -> None:
     activation, known_as = ACTIVATIONS[name]
@@ -187,8 +187,7 @@ def test_one_merged_projection(name: str, dynamic: bool) -> None:
     assert call_of(report).kwargs["layout"] == layout
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@dtypes_and_shapes(DTYPES)
 @pytest.mark.parametrize("name", ["strided", "chunk", "chunk, up first"])
 def test_unit_of_gpt_oss(name: str, dtype: torch.dtype, dynamic: bool) -> None:
     split, layout = MERGED[name]

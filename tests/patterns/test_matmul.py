@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from npu_fusion import FusionConfig
+from tests.parameters import dtypes_and_shapes
 from tests.patterns.support import fused_within_contract
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -48,8 +49,7 @@ BATCHED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@dtypes_and_shapes(DTYPES)
 @pytest.mark.parametrize("spelling", FLAT)
 def test_rows(spelling: str, dtype: torch.dtype, dynamic: bool) -> None:
     report = fused_within_contract(PerHead(FLAT[spelling]).to(dtype), torch.randn(6, H, K, dtype=dtype), dynamic=dynamic)
@@ -57,8 +57,7 @@ def test_rows(spelling: str, dtype: torch.dtype, dynamic: bool) -> None:
     assert report.ops["bmm_transpose"] == 1
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@dtypes_and_shapes(DTYPES)
 @pytest.mark.parametrize("spelling", BATCHED)
 def test_batches_of_rows(spelling: str, dtype: torch.dtype, dynamic: bool) -> None:
     report = fused_within_contract(PerHead(BATCHED[spelling]).to(dtype), torch.randn(2, 6, H, K, dtype=dtype), dynamic=dynamic)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import npu_fusion
 from npu_fusion import FusionConfig
 from npu_fusion.numerics import assert_within_contract
+from tests.parameters import dtypes_and_shapes
 from tests.patterns.support import fused, fused_within_contract
 
 HIDDEN = 32
@@ -188,8 +189,7 @@ RMS_SPELLINGS: list[Spelling] = [
 ROUNDS_EARLY = {reciprocal_rounded_early, in_the_models_type, root_rounded_then_divided, mean_widens}
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@dtypes_and_shapes(DTYPES)
 @pytest.mark.parametrize("spelling", RMS_SPELLINGS)
 def test_every_spelling_of_rms_norm_is_one_op(spelling: Spelling, dtype: torch.dtype, dynamic: bool) -> None:
     report = fused_within_contract(Norm(spelling, dtype), tokens(dtype), dynamic=dynamic)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from npu_fusion import FusionConfig
+from tests.parameters import dtypes_and_shapes
 from tests.patterns.support import fused, fused_within_contract
 
 HIDDEN = 32
@@ -72,8 +73,7 @@ def without_weight(x: Tensor, residual: Tensor, w: Tensor) -> Any:
     return total * torch.rsqrt(total.float().pow(2).mean(-1, keepdim=True) + 1e-5), total
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@dtypes_and_shapes(DTYPES)
 @pytest.mark.parametrize(
     "block", [sum_goes_on, other_order, sum_ends_here, torchs_own_norm, exact_sum_normalised, one_plus_weight, without_weight]
 )
@@ -290,8 +290,7 @@ def no_eps(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@dtypes_and_shapes(DTYPES)
 @pytest.mark.parametrize("form", [delta_rule, delta_rule_scaled, normalize, normalize_scaled, by_vector_norm, no_eps])
 def test_l2_norm(form: Callable[[Tensor], Tensor], dtype: torch.dtype, dynamic: bool) -> None:
     report = fused_within_contract(form, tokens(dtype), dynamic=dynamic)
@@ -393,8 +392,7 @@ def mean_of_squares(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 LAYER_NORMS = [layer_norm, not_affine, only_weight, cohere, by_hand, variance_of_torch, standard_deviation, mean_of_squares]
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@dtypes_and_shapes(DTYPES)
 @pytest.mark.parametrize("form", LAYER_NORMS)
 def test_layer_norm_is_no_rms_norm(form: Block, dtype: torch.dtype, dynamic: bool) -> None:
     report = fused_within_contract(form, tokens(dtype) + 1, weight(dtype), weight(dtype), dynamic=dynamic)

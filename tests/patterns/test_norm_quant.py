@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.parameters import dtypes_and_shapes
 from tests.patterns.support import fused
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -63,8 +64,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...], str, dict[str, int]]
 }
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@dtypes_and_shapes(DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_one_op(case: str, dtype: torch.dtype, dynamic: bool) -> None:
     fn, sizes, op, idioms = CASES[case]

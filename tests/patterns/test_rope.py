@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from npu_fusion import FusionConfig
+from tests.parameters import dtypes_and_shapes
 from tests.patterns.rope_checks import BATCH, DIM, HEADS, KV_HEADS, SEQ, Rotate, arguments, both, inputs, llama, rotate_half, static_last
 from tests.patterns.support import fused, fused_within_contract
 
@@ -188,8 +189,7 @@ SPELLINGS: list[tuple[Rotate, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@dtypes_and_shapes([torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("rotate", "expected"), SPELLINGS, ids=lambda item: getattr(item, "__name__", ""))
 def test_spelling(rotate: Rotate, expected: dict[str, Any], dtype: torch.dtype, dynamic: bool) -> None:
     report = fused_within_contract(both(rotate), *inputs(dtype), dynamic=dynamic)

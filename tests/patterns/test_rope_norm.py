@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from npu_fusion import FusionReport
+from tests.parameters import dtypes_and_shapes
 from tests.patterns.support import fused_within_contract
 
 BATCH, SEQ, HEADS, KV_HEADS, DIM = 2, 6, 4, 2, 16
 Fn = Callable[..., tuple[Tensor, Tensor]]
 
-dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+DTYPES = (torch.bfloat16, torch.float32)
 dynamics = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 
 
@@ -116,8 +117,7 @@ ORDERS: list[tuple[Fn, dict[str, Any]]] = [
 ]
 
 
-@dynamics
-@dtypes
+@dtypes_and_shapes(DTYPES)
 @pytest.mark.parametrize(("fn", "expected"), ORDERS, ids=lambda item: getattr(item, "__name__", ""))
 def test_norms_and_rotation_are_one_op(fn: Fn, expected: dict[str, Any], dtype: torch.dtype, dynamic: bool) -> None:
     report = fused_within_contract(fn, *inputs(dtype), dynamic=dynamic)
@@ -277,8 +277,7 @@ def merged_inputs(dtype: torch.dtype) -> tuple[Tensor, ...]:
     return (torch.randn(BATCH, SEQ, 24, dtype=dtype), *inputs(dtype)[4:])
 
 
-@dynamics
-@dtypes
+@dtypes_and_shapes(DTYPES)
 @pytest.mark.parametrize("norm", [False, True], ids=["without norms", "with norms"])
 @pytest.mark.parametrize("spelling", ["split", "slices", "heads"])
 def test_merged_projection_is_one_op(spelling: str, norm: bool, dtype: torch.dtype, dynamic: bool) -> None:

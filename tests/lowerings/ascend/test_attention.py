@@ -20,6 +20,7 @@ from npu_fusion.numerics import assert_within_contract
 from npu_fusion.ops.attention import attention, mla_attention
 from tests.graphs import aten_graph
 from tests.lowerings.ascend.checks import Lowered, lower_call
+from tests.parameters import dtypes_and_shapes
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HALVES = (BF16, FP16)
@@ -86,8 +87,7 @@ def copies(found: Lowered) -> list[str]:
 # -------------------------------------------------------------------- layouts
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@dtypes_and_shapes(HALVES)
 def test_views_of_projections_need_no_copy(dtype: torch.dtype, dynamic: bool) -> None:
     found = checked(lambda q, k, v: attention(q, k, v, scale=0.2), *operands(5, 9, dtype=dtype), dynamic=dynamic)
     call = call_of(found, FIA)

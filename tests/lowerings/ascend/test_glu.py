@@ -14,6 +14,7 @@ from npu_fusion import FusionConfig
 from npu_fusion.lower import REFERENCE
 from npu_fusion.ops.glu import glu
 from tests.lowerings.ascend.checks import DTYPES, Lowered, lower_and_check, lower_call
+from tests.parameters import dtypes_and_shapes
 from tests.patterns.support import fused_within_contract
 
 SIZE = 16
@@ -43,8 +44,7 @@ def ops(found: Lowered) -> list[str]:
 # -------------------------------------------------------------------- one merged tensor
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@dtypes_and_shapes(DTYPES)
 @pytest.mark.parametrize(
     ("arguments", "provider"),
     [
@@ -110,8 +110,7 @@ def test_gelu_mul_takes_small_tensors_of_known_size() -> None:
 # -------------------------------------------------------------------- two tensors
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@dtypes_and_shapes(DTYPES)
 @pytest.mark.parametrize(
     ("arguments", "provider"),
     [
@@ -268,8 +267,7 @@ UNITS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@dtypes_and_shapes([BF16, FP16])
 @pytest.mark.parametrize("name", UNITS)
 def test_units_of_models(name: str, dtype: torch.dtype, dynamic: bool) -> None:
     """The weights of gate and up are merged, so that one op reads the merged tensor."""

@@ -14,6 +14,7 @@ from npu_fusion.lower import REFERENCE
 from npu_fusion.ops.norm import add_rms_norm, l2_norm, layer_norm, rms_norm
 from npu_fusion.semantic import SemanticOp
 from tests.lowerings.ascend.checks import DTYPES, Lowered, lower_and_check, lower_call
+from tests.parameters import dtypes_and_shapes
 from tests.patterns.support import fused_within_contract
 
 SIZE, EPS = 32, 1e-3
@@ -191,8 +192,7 @@ def test_add_rms_norm_of_float32(dynamic: bool) -> None:
     assert found.targets() == ["npu.npu_add_rms_norm"]
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@dtypes_and_shapes([BF16, FP16])
 def test_what_the_model_rounds_before_the_weight_decides(dtype: torch.dtype, dynamic: bool) -> None:
     rounded = add(dtype, weight=dtype, round_dtype=dtype, dynamic=dynamic)
     assert rounded.targets() == ["npu.npu_add_rms_norm"]
@@ -362,8 +362,7 @@ class LlamaNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@dtypes_and_shapes([BF16, FP16])
 @pytest.mark.parametrize(
     ("norm", "providers"),
     [

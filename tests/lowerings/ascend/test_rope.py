@@ -13,6 +13,7 @@ from npu_fusion.lower import REFERENCE
 from npu_fusion.lowerings.ascend import sgl
 from npu_fusion.ops.rope import qk_norm_rotary, qkv_norm_rotary, rotary
 from tests.lowerings.ascend.checks import DTYPES, Lowered, lower_and_check, lower_call
+from tests.parameters import dtypes_and_shapes
 
 BF16, FP16, FP32 = DTYPES
 B, S = 3, 5
@@ -78,8 +79,7 @@ def rotated(
 # -------------------------------------------------------------------- npu_apply_rotary_pos_emb
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@dtypes_and_shapes([BF16, FP32])
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("kind", ["half", "pair"])
 def test_q_and_k_are_rotated_in_place_by_one_launch(kind: str, size: int, dtype: torch.dtype, dynamic: bool) -> None:
@@ -162,8 +162,7 @@ def test_ascend950_takes_more(layout: str) -> None:
 # -------------------------------------------------------------------- npu_mrope
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@dtypes_and_shapes(DTYPES)
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
 @pytest.mark.parametrize("batch", [1, B])
 def test_q_and_k_by_tables_of_one_entry_a_pair(batch: int, layout: str, dtype: torch.dtype, dynamic: bool) -> None:
@@ -228,8 +227,7 @@ def test_what_npu_mrope_does_not_take(change: dict[str, Any], reason: str) -> No
 # -------------------------------------------------------------------- npu_rotary_mul
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@dtypes_and_shapes(DTYPES)
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
 @pytest.mark.parametrize("batch", [1, B])
 def test_one_tensor_is_one_launch(batch: int, layout: str, dtype: torch.dtype, dynamic: bool) -> None:
@@ -284,8 +282,7 @@ def test_float64_is_left_to_the_reference() -> None:
 # -------------------------------------------------------------------- mla
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@dtypes_and_shapes([BF16, FP16])
 @pytest.mark.parametrize("kind", ["half", "pair"])
 def test_neighbours_in_and_halves_out(kind: str, dtype: torch.dtype, dynamic: bool) -> None:
     found = rotated(dtype, heads=(4, 1), layout="mla", kind=kind, batch=B, dynamic=dynamic)
@@ -397,8 +394,7 @@ def split(
     return lower_and_check(fn, fn, *inputs, dynamic=dynamic, **(config or {}))
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@dtypes_and_shapes(DTYPES)
 @pytest.mark.parametrize(
     "arguments",
     [

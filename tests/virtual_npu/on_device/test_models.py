@@ -43,7 +43,7 @@ def tokens(batch: int = BATCH, length: int = SEQUENCE) -> torch.Tensor:
     return torch.full((batch, length), zoo.FIRST_TOKEN, device="npu")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["llama", "deepseek_v2", "qwen3_moe"])
 def test_prefill_runs(name: str) -> None:
     report = run_twice(on_npu(name), {"input_ids": tokens(), "use_cache": False})
     assert report.effective_config.target == "ascend910b"
