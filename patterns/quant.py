@@ -234,9 +234,33 @@ def _steps(m: Match) -> tuple[float, bool]:
     return _nice(1.0 / per_step), spelling(m, m["raw_scale"]) == "mul"
 
 
+def _floor_mode(m: Match) -> str:
+    return next((name for name in ("amax", "one_amax", "add_amax", "scale", "one", "add_scale") if f"floor.{name}" in m), "none")
+
+
 def _floor(m: Match) -> tuple[str, float]:
-    mode = next((name for name in ("amax", "one_amax", "add_amax", "scale", "one", "add_scale") if f"floor.{name}" in m), "none")
-    return mode, m.number("floor") or 0.0 if "floor" in m else 0.0
+    """How the scale is kept from 0, and the number for that; a least one as the type holds it in which the model compares."""
+    mode, floor = _floor_mode(m), m.number("floor") or 0.0 if "floor" in m else 0.0
+    return mode, torch.tensor(floor, dtype=m[f"floor.{mode}"].dtype).item() if mode in ("amax", "scale") else floor
+
+
+def check_floor(m: Match, computed: torch.dtype, kept: torch.dtype) -> Reject | None:
+    """The scale is kept from 0 in no wider type than that in which it is computed, as `quantize` does both in one.
+
+    With `rounding="exact"` a statistic is rounded nowhere else either: between x, that type, and the type of the scale. Rounding keeps the
+    order of numbers, and so commutes with a least value, but not with a sum.
+    """
+    mode, floor = _floor(m)
+    if mode == "none":
+        return None
+    floored, added = m[f"floor.{mode}"], mode.startswith("add")
+    reason = f"the scale is kept from 0 in {floored.dtype}, and computed in {computed}"
+    rounds = added or (mode == "scale" and torch.tensor(floor, dtype=computed).item() != floor)
+    if bits(floored.dtype) > bits(computed) and rounds:
+        return Reject(reason, floored)
+    ends = (m["x"].dtype, computed) if mode.endswith("amax") else (computed, kept)
+    keeps = floored.dtype is computed or (not added and (floored.dtype in ends or bits(floored.dtype) > min(map(bits, ends))))
+    return Reject(f"rounding='exact': {reason}", floored) if m.exact and not keeps else None
 
 
 def _reduced(m: Match) -> Value:
@@ -287,7 +311,7 @@ def leads_to(value: Value, target: Value) -> bool:
 def check_found(m: Match) -> Reject | None:
     """Scales of the rows (or the tensor) itself; bounds that hold all quotients."""
     rejected = known_numbers(m, "low", "high", "floor", "per_step") or check_source(m) or check_range(m)
-    rejected = rejected or check_rows(m, ("scale",)) or check_aligned(m)
+    rejected = rejected or check_rows(m, ("scale",)) or check_aligned(m) or check_floor(m, m["raw_scale"].dtype, m["scale"].dtype)
     if rejected is not None:
         return rejected
     if not nonzero(m):
@@ -415,8 +439,12 @@ def check_inverse(m: Match) -> Reject | None:
     rejected = known_numbers(m, "low", "high", "floor", "steps") or check_source(m) or check_range(m) or check_rows(m, ("inverse",))
     if rejected is not None:
         return rejected
-    if _scale_beside(m) is None:
+    beside = _scale_beside(m)
+    if beside is None:
         return Reject("the model does not compute the scale, only its reciprocal", m["inverse"])
+    rejected = check_floor(m, m["inverse"].dtype, beside.dtype)
+    if rejected is not None:
+        return rejected
     if bounds_of(m) is None and not (bits(m["quotient"].dtype) >= 32 and m.number("steps") == 127 and m.root.dtype is torch.int8):
         return Reject("the rounded value is not clamped, and may leave the range of its type", m["site"])
     return None

@@ -41,6 +41,7 @@ from .quant import (
     apply_of,
     bounds_of,
     check_aligned,
+    check_floor,
     check_range,
     check_rows,
     check_source,
@@ -197,7 +198,7 @@ def check_float8_rows(m: Match) -> Reject | None:
         return rejected or Reject("the value is not clamped to the range of float8", m["site"])
     if not bits(m["x"].dtype) or not same_shape(m["x"].shape, m.root.shape):
         return Reject("what is quantised is not floating point, or of another shape", m["x"])
-    return check_rows(m, ("scale",)) or check_aligned(m)
+    return check_rows(m, ("scale",)) or check_aligned(m) or check_floor(m, m["raw_scale"].dtype, m["scale"].dtype)
 
 
 QUANTIZE_FLOAT8_ROWS = Rule(

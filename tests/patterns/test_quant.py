@@ -10,6 +10,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
 from torch import Tensor
 
+from npu_fusion import FusionConfig
 from tests.patterns.support import fused, fused_within_contract
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -101,11 +102,11 @@ FOUND = (
 )  # fmt: skip
 
 
-def equal_to_eager(fn: Callable[..., Any], *inputs: Tensor, dynamic: bool = False) -> Any:
+def equal_to_eager(fn: Callable[..., Any], *inputs: Tensor, dynamic: bool = False, config: FusionConfig | None = None) -> Any:
     """The report of a function that gives the model's own bits."""
     with torch.no_grad():
         eager = fn(*inputs)
-    actual, report = fused(fn, *inputs, dynamic=dynamic)
+    actual, report = fused(fn, *inputs, dynamic=dynamic, config=config)
     assert not report.rule_errors, report.rule_errors
     for a, e in zip(actual, eager, strict=True):
         assert a.dtype == e.dtype
@@ -133,6 +134,34 @@ def test_zero_points_that_are_found(dtype: torch.dtype) -> None:
     report = equal_to_eager(asymmetric, torch.randn(3, 5, H, dtype=dtype))
     report.expect(quantize=1)
     assert report.launches_after == 1
+
+
+def _kept_from_0(floor: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:
+    def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = floor(x.abs().amax(-1, keepdim=True))
+        return to_int8((x / scale).round()), scale
+
+    return quantised
+
+
+FLOORS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "a least magnitude, rounded": (lambda a: a.clamp(min=1e-3).float() / 127, True),
+    "a least magnitude, in fp32": (lambda a: a.float().clamp(min=1e-3) / 127, True),
+    "added and rounded": (lambda a: (a + 1e-3).float() / 127, False),
+    "a least scale, rounded": (lambda a: (a.float() / 127).to(a.dtype).clamp(min=1e-3), True),
+    "a least scale, wider than the scale": (lambda a: (a / 127).float().clamp(min=1e-3), False),
+}
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_the_type_in_which_a_scale_is_kept_from_0(floor: str) -> None:
+    """With exact rounding a scale is found in one op where that gives the model's bits, and taken as given elsewhere."""
+    keep, one_op = FLOORS[floor]
+    x = torch.randn(6, H, dtype=torch.bfloat16)
+    x[:3] *= 1e-4
+    report = equal_to_eager(_kept_from_0(keep), x, config=FusionConfig(rounding="exact"))
+    report.expect(quantize=1)
+    assert (report.launches_after == 1) == one_op
 
 
 def _static(x: Tensor) -> list[Tensor]:
