@@ -19,6 +19,7 @@ from . import (
     quant,  # noqa: F401
     quant_given,  # noqa: F401
     quant_linear,  # noqa: F401
+    quant_zero,  # noqa: F401
     rope,  # noqa: F401
     rope_norm,  # noqa: F401
     weight_only,  # noqa: F401

@@ -90,8 +90,8 @@ def _projection(canon: Canon, value: Value) -> Projection | Reject:
 
 def _int8_projection(canon: Canon, view: _Columns, form: Form) -> Projection | Reject:
     args = form.args
-    if args.get("bias") is not None:
-        return Reject("a projection has a bias", view.whole)
+    if args.get("bias") is not None or args.get("zero_point") is not None:
+        return Reject("a projection has a bias, or a zero point of its activations", view.whole)
     weight, scales = args["weight"], [args["scale"], args.get("scale2")]
     columns = [scale for scale in scales if scale is not None and _one_a_column(scale, weight.shape[1])]
     rows = [scale for scale in scales if scale is not None and scale not in columns]

@@ -242,7 +242,7 @@ def check_quant_linear(m: Match) -> Reject | None:
     if product.args.get("scale") is not None:
         return Reject("the product is scaled already", m["product"])
     if how.args.get("zero_point") is not None:
-        return Reject("the sums have a zero point", m["y"])
+        return Reject("the sums have a zero point that is not made of the weight's columns", m["y"])
     return None
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..semantic import semantic_op
-from ._common import check_min_rank, check_rank, check_type, check_value, known_different, stored_like
+from ._common import check_broadcastable, check_min_rank, check_rank, check_type, check_value, known_different, stored_like
 from .quant_core import QUANTIZE_SCHEMA, WHOLE_DTYPES, Dequantization, Quantization, Quantized
 
 
@@ -113,15 +113,23 @@ def _(
 
 @semantic_op(
     "quant",
-    "(Tensor x, Tensor weight, Tensor? scale=None, Tensor? scale2=None, Tensor? bias=None, *, "
-    f"{_SCALES}, ScalarType? out_dtype=None) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? scale=None, Tensor? scale2=None, Tensor? bias=None, Tensor? zero_point=None, "
+    f"Tensor? column_sums=None, *, {_SCALES}, ScalarType? out_dtype=None) -> Tensor",
 )
 def quant_linear(
-    x: Tensor, weight: Tensor, scale: Tensor | None = None, scale2: Tensor | None = None, bias: Tensor | None = None, **options: Any
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    scale2: Tensor | None = None,
+    bias: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    column_sums: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """Product of int8 matrices, summed up exactly, and dequantised.
 
-    Maths: `n = x W` in int32; then `n * scale * scale2 + bias`, as in `dequantize`; n itself without a scale and `out_dtype`.
+    Maths: `n = x W - zero_point * column_sums` in int32, which is `(x - zero_point) W` where `column_sums` are the sums of the weight's
+    columns; then `n * scale * scale2 + bias`, as in `dequantize`; n itself without a scale and `out_dtype`.
 
     Args:
         x: [..., K], int8.
@@ -129,6 +137,8 @@ def quant_linear(
         scale, scale2: broadcast to [..., N]: of the weight [N] (or one number), of the rows [..., 1] (or one number), in the order in
             which they multiply; or None.
         bias: [N], floating, added last; int32 with `bias_first`, added to n; or None.
+        zero_point: of the activations, whole numbers of any integer or floating dtype: of the rows [..., 1] or one number; or None.
+        column_sums: [N] or [1, N], an integer dtype; given with a zero point, and only then.
         options: `combined`, `bias_first`, `compute_dtype`, `round_dtype`, `out_dtype` as in `dequantize`; `out_dtype` None without a scale
             is int32, which wraps.
 
@@ -144,8 +154,11 @@ def quant_linear(
     Source: LLM.int8(), https://arxiv.org/abs/2208.07339; SmoothQuant; `torch._int_mm`; `npu_quant_matmul` of torch_npu.
     """
     how = Dequantization(scale, scale2, None, bias, **options)
-    _check_quant_linear(x, weight, how)
-    return how.dequantize(_whole_matmul(x, weight)).contiguous()
+    _check_quant_linear(x, weight, how, zero_point, column_sums)
+    n = _whole_matmul(x, weight)
+    if zero_point is not None and column_sums is not None:
+        n = n - zero_point.to(torch.int32) * column_sums.to(torch.int32)
+    return how.dequantize(n).contiguous()
 
 
 _LEAST_ROWS = 17  # cuBLASLt's int8 product takes no fewer
@@ -169,7 +182,9 @@ def _whole_matmul(x: Tensor, weight: Tensor) -> Tensor:
     return torch.matmul(x.double(), weight.double()).to(torch.int32)
 
 
-def _check_quant_linear(x: Tensor, weight: Tensor, how: Dequantization) -> None:
+def _check_quant_linear(
+    x: Tensor, weight: Tensor, how: Dequantization, zero_point: Tensor | None = None, column_sums: Tensor | None = None
+) -> None:
     op = "quant_linear"
     check_min_rank(op, 1, x=x)
     check_rank(op, 2, weight=weight)
@@ -177,12 +192,25 @@ def _check_quant_linear(x: Tensor, weight: Tensor, how: Dequantization) -> None:
     fits = not known_different(x.shape[-1], weight.shape[0])
     check_value(op, fits, f"x {list(x.shape)} must end in the inputs of weight {list(weight.shape)}")
     how.check(op, torch.Size([*x.shape[:-1], weight.shape[1]]))
+    check_value(op, (zero_point is None) == (column_sums is None), "zero_point and column_sums are given together")
+    if zero_point is not None and column_sums is not None:
+        check_broadcastable(op, "zero_point", zero_point.shape, [*x.shape[:-1], 1])
+        check_broadcastable(op, "column_sums", column_sums.shape, weight.shape[1:] if column_sums.dim() < 2 else [1, weight.shape[1]])
+        whole = not column_sums.is_floating_point() and column_sums.dtype != torch.bool
+        check_type(op, whole, f"column_sums must be an integer, not {column_sums.dtype}")
 
 
 @quant_linear.fake
 def _(
-    x: Tensor, weight: Tensor, scale: Tensor | None = None, scale2: Tensor | None = None, bias: Tensor | None = None, **options: Any
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    scale2: Tensor | None = None,
+    bias: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    column_sums: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     how = Dequantization(scale, scale2, None, bias, **options)
-    _check_quant_linear(x, weight, how)
+    _check_quant_linear(x, weight, how, zero_point, column_sums)
     return x.new_empty((*x.shape[:-1], weight.shape[1]), dtype=how.result_dtype)
