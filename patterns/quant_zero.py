@@ -18,7 +18,7 @@ import torch
 
 from npu_fusion.match import Match
 from npu_fusion.ops.quant import quant_linear
-from npu_fusion.pattern import any_of, bits, cast, lit, op, opt_cast, opt_round, opt_upcast, opt_view, prod, sem, var
+from npu_fusion.pattern import any_of, bits, opt_cast, opt_round, opt_upcast, opt_view, prod, sem, var
 from npu_fusion.rule import Call, Reject, Rule, register_builtin
 from npu_fusion.view import Value
 from npu_fusion.view.canon import Canon
@@ -52,7 +52,7 @@ def _is_byte(value: Value) -> bool:
     if value.dtype in _BYTES:
         return True
     form = value.form("quantize")
-    return form is not None and form.output == 2 and -128 <= form.args["low"] and form.args["high"] <= 255
+    return form is not None and form.output == 2 and form.args["low"] >= -128 and form.args["high"] <= 255
 
 
 def _is_of_rows(value: Value, shape: Shape) -> bool:

@@ -328,7 +328,8 @@ def quant_matmul(b: Builder, a: Arguments, npu: Npu) -> Node:
     rows, width = rows_of(b, a.x), b.val(weight).shape[1]
     if a.scale is None:
         b.require(a.out_dtype in (None, torch.int32), f"sums that are not scaled are int32, the model's {a.out_dtype}")
-        return b.reshape(_sums(b, a, npu, x, weight, a.bias), [*rows, width])
+        b.require(a.bias is None or a.bias_first, "the sums are whole and the bias is not")
+        return _corrected_sums(b, a, npu, x, weight)
     out = _out_dtype(a)
     b.require(out in _HALVES, f"it gives float16 or bfloat16, the model {out}")
     b.require(a.compute_dtype != torch.float64, "the model multiplies in float64")
@@ -340,9 +341,40 @@ def quant_matmul(b: Builder, a: Arguments, npu: Npu) -> Node:
     of_rows = None if found.rows is None else b.cast(b.reshape(found.rows, [b.size(x, 0)]), torch.float32)
     if of_rows is None and out == torch.float16:  # its scales are cut to 19 bits where there are none of the rows
         of_rows = b.emit(aten.full.default, [b.size(x, 0)], 1.0, dtype=torch.float32, device=b.val(x).device)
-    bias = _linear_bias(b, a, width)
+    if a.zero_point is None:
+        a.column_sums  # noqa: B018  they go with a zero point
+        bias = _linear_bias(b, a, width)
+    else:
+        b.require(_is_one(b, a.zero_point), "its bias goes with the columns, the zero points of the activations with the rows")
+        b.require(a.bias is None or a.bias_first, "it adds one bias: that of the zero point, or the model's")
+        bias = _whole_bias(b, a, width)
     y: Node = npu("npu::npu_quant_matmul", x, weight, scale, pertoken_scale=of_rows, bias=bias, output_dtype=_CODES[out])
     return b.reshape(y, [*rows, width])
+
+
+def _is_one(b: Builder, node: Node) -> bool:
+    return all(b.equal(size, 1) for size in b.val(node).shape)
+
+
+def _whole_bias(b: Builder, a: Arguments, width: Any) -> Node | None:
+    """What is added to the sums, one a channel, in int32: `bias - zero_point * column_sums` of one zero point; None for nothing."""
+    bias = bias_of_channels(b, a.bias, width) if a.bias_first else None
+    if a.zero_point is None:
+        a.column_sums  # noqa: B018  they go with a zero point
+        return bias
+    sums = b.cast(b.reshape(a.column_sums, [width]), torch.int32)
+    shift = b.emit(aten.mul.Tensor, sums, b.cast(b.reshape(a.zero_point, [1]), torch.int32))
+    return b.emit(aten.neg.default, shift) if bias is None else b.emit(aten.sub.Tensor, bias, shift)
+
+
+def _corrected_sums(b: Builder, a: Arguments, npu: Npu, x: Node, weight: Node) -> Node:
+    """`x W - zero_point * column_sums + bias` in int32 [..., N]: by the op's bias where the zero point is one number."""
+    shape, width = [*rows_of(b, a.x), b.val(weight).shape[1]], b.val(weight).shape[1]
+    if a.zero_point is None or _is_one(b, a.zero_point):
+        return b.reshape(_sums(b, npu, x, weight, _whole_bias(b, a, width)), shape)
+    sums = b.reshape(_sums(b, npu, x, weight, bias_of_channels(b, a.bias, width) if a.bias_first else None), shape)
+    columns = b.cast(b.reshape(a.column_sums, [width]), torch.int32)
+    return b.emit(aten.sub.Tensor, sums, b.emit(aten.mul.Tensor, b.cast(a.zero_point, torch.int32), columns))
 
 
 def _linear_bias(b: Builder, a: Arguments, width: Any) -> Node | None:
@@ -359,11 +391,8 @@ def _one(b: Builder, like: Node) -> Node:
     return b.constant(("one", device), lambda: torch.ones(1, device=device))
 
 
-def _sums(b: Builder, a: Arguments, npu: Npu, x: Node, weight: Node, bias: Node | None) -> Node:
+def _sums(b: Builder, npu: Npu, x: Node, weight: Node, bias: Node | None) -> Node:
     """x W + bias in int32: its scale says nothing then."""
-    if bias is not None:
-        bias = bias_of_channels(b, bias, b.val(weight).shape[1])
-        b.require(a.bias_first, "the sums are whole and the bias is not")
     y: Node = npu("npu::npu_quant_matmul", x, weight, _one(b, x), bias=bias, output_dtype=_CODES[torch.int32])
     return y
 
@@ -373,7 +402,7 @@ def quant_matmul_then_scales(b: Builder, a: Arguments, npu: Npu) -> Node:
     """The sums in int32, and the scales as the model multiplies by them, step by step: the model's own bits."""
     b.only_if(a.scale is not None)
     x, weight = _int8_operands(b, a)
-    sums = b.reshape(_sums(b, a, npu, x, weight, a.bias if a.bias_first else None), [*rows_of(b, a.x), b.val(weight).shape[1]])
+    sums = _corrected_sums(b, a, npu, x, weight)
     dtype = a.compute_dtype or torch.float32
     b.require(dtype != torch.float64, "the model multiplies in float64")
     y = b.cast(sums, dtype)

@@ -184,8 +184,21 @@ def quant_linear(b: Builder, a: Arguments, cores: int) -> Node:
     if weight_scale is None and out != torch.int32:
         device = b.val(a.x).device
         weight_scale = b.emit(aten.full.default, [1], 1.0, dtype=torch.float32, device=device)
-    form: dict[str, Any] = {"bias_first": a.bias_first, "out_dtype": out, "cores": cores}
+    form: dict[str, Any] = {"bias_first": a.bias_first, "out_dtype": out, "cores": cores, **_row_zeros(b, a)}
     return b.emit(matmul_ops.int8_matmul.overload, a.x, a.weight, weight_scale, roles.rows, bias_of_channels(b, a.bias, width), **form)
+
+
+def _row_zeros(b: Builder, a: Arguments) -> dict[str, Any]:
+    """The zero point of the activations, of the rows or one, and the sums of the weight's columns."""
+    if a.zero_point is None:
+        a.column_sums  # noqa: B018  they go with a zero point
+        return {}
+    val = b.val(a.zero_point)
+    one = ones_but_last(val.shape) and (val.dim() == 0 or val.shape[-1] == 1)
+    b.require(one or is_of_rows(val, b.val(a.x).shape[:-1]), "the zero point is not one a row")
+    zero = b.reshape(a.zero_point, [1]) if one else a.zero_point
+    sums = b.reshape(a.column_sums, [b.val(a.weight).shape[1]])
+    return {"x_zero_point": b.cast(zero, torch.int32), "weight_sum": b.cast(sums, torch.int32)}
 
 
 # -------------------------------------------------------------------- norms

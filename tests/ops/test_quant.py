@@ -98,6 +98,7 @@ def test_the_names_are_those_of_the_schema() -> None:
         (lambda x: quantize(x, low=3.0, high=3.0), ValueError, "low must be less"),
         (lambda x: dequantize(x.to(torch.int8), None), ValueError, "a scale is needed"),
         (lambda x: quant_linear(x, torch.ones(H, 2)), TypeError, "must be int8"),
+        (lambda x: quant_linear(x.to(torch.int8), torch.ones(H, 2).to(torch.int8), zero_point=torch.ones(())), ValueError, "together"),
         (lambda x: quant_linear(x.to(torch.int8), torch.ones(H + 1, 2).to(torch.int8)), ValueError, "inputs of weight"),
     ],
 )

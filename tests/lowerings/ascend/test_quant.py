@@ -103,6 +103,16 @@ TAKEN: dict[str, tuple[Fn, tuple[Tensor, ...], str]] = {
         "npu_quant_matmul",
     ),
     "product": (lambda x, w: quant_linear(x, w.t()), (CODES, WEIGHT), "npu_quant_matmul"),
+    "linear, a zero point": (
+        lambda x, w, r, c, z, b: quant_linear(x, w.t(), r, c, b, z, w.sum(-1), bias_first=True, out_dtype=BF16),
+        (CODES, WEIGHT, ROWS, COLUMNS, torch.tensor(7, dtype=torch.int8), BIAS.int()),
+        "npu_quant_matmul",
+    ),
+    "product, zero points of rows": (
+        lambda x, w, z: quant_linear(x, w.t(), None, None, None, z, w.sum(-1)),
+        (CODES, WEIGHT, CODES[..., :1]),
+        "npu_quant_matmul",
+    ),
 }
 
 

@@ -34,6 +34,11 @@ TAKEN: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = {
     "linear": (lambda x, w, r, c: quant_linear(x, w, r, c, out_dtype=torch.bfloat16), (Q, WEIGHT, ROWS, COLUMNS), "int8_matmul"),
     "linear, bias": (lambda x, w, c, b: quant_linear(x, w, c, None, b), (Q, WEIGHT, COLUMNS, COLUMNS), "int8_matmul"),
     "linear, rows": (lambda x, w, r: quant_linear(x, w, r), (Q, WEIGHT, ROWS), "int8_matmul"),
+    "linear, zero points": (
+        lambda x, w, r, c, z: quant_linear(x, w, r, c, None, z, w.sum(0)),
+        (Q, WEIGHT, ROWS, COLUMNS, Q[..., :1].float()),
+        "int8_matmul",
+    ),
     "product": (lambda x, w: quant_linear(x, w), (Q, WEIGHT), "int8_matmul"),
     "norm": (lambda x, w: rms_norm_quant(x, w, 1e-5, return_norm=True, **FLOOR), (X, GAMMA), "rms_norm_quant"),
     "norm, given": (lambda x, w, s: rms_norm_quant(x, w, 1e-5, s, apply="multiply"), (X, GAMMA, CHANNELS), "rms_norm_quant"),
