@@ -442,7 +442,7 @@ def check_inverse(m: Match) -> Reject | None:
     beside = _scale_beside(m)
     if beside is None:
         return Reject("the model does not compute the scale, only its reciprocal", m["inverse"])
-    rejected = check_floor(m, m["inverse"].dtype, beside.dtype)
+    rejected = check_floor(m, m["inverse"].dtype, beside.dtype or m["inverse"].dtype)
     if rejected is not None:
         return rejected
     if bounds_of(m) is None and not (bits(m["quotient"].dtype) >= 32 and m.number("steps") == 127 and m.root.dtype is torch.int8):

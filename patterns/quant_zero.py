@@ -1,10 +1,9 @@
 """Products of int8 matrices whose activations have a zero point.
 
     acc = torch._int_mm(x_q, weight.t()) - x_zero * weight.sum(-1)              # in whole numbers, before the scales
-    acc = (x_q.to(torch.int32) - x_zero) @ weight.t().to(torch.int32)           # the zero point taken off the activations
     y = acc * x_scale - x_zero * x_scale * weight.sum(-1)                       # in floating point, after them; times weight_scale
 
-All of these are `(x - zero_point) W`, which `quant_linear` computes in int32. Where the model subtracts in floating point, the zero points
+Both are `(x - zero_point) W`, which `quant_linear` computes in int32. Where the model subtracts in floating point, the zero points
 must be such that their products with the sums of columns stay within int32, and the sums must be those of the weight.
 
 Sources: torchao's Int8Tensor; gemmlowp, https://arxiv.org/abs/1712.05877, section 2.3; `torch.ao.quantization`.
@@ -18,7 +17,7 @@ import torch
 
 from npu_fusion.match import Match
 from npu_fusion.ops.quant import quant_linear
-from npu_fusion.pattern import any_of, bits, opt_cast, opt_round, opt_upcast, opt_view, prod, sem, var
+from npu_fusion.pattern import any_of, bits, lit, opt_cast, opt_round, opt_upcast, opt_view, prod, sem, var
 from npu_fusion.rule import Call, Reject, Rule, register_builtin
 from npu_fusion.view import Value
 from npu_fusion.view.canon import Canon
@@ -51,6 +50,8 @@ def _is_byte(value: Value) -> bool:
         value = value.args[0]
     if value.dtype in _BYTES:
         return True
+    if value.op == "full":
+        return bool(-128 <= value.attrs["value"] <= 255) and value.attrs["value"] == round(value.attrs["value"])
     form = value.form("quantize")
     return form is not None and form.output == 2 and form.args["low"] >= -128 and form.args["high"] <= 255
 
@@ -103,7 +104,19 @@ def _in_lead(canon: Canon, value: Any, numbers: Shape, lead: Shape) -> Any:
 
 # -------------------------------------------------------------------- in whole numbers
 
-correction = opt_view(prod(zero, columns), "reshape")
+correction = opt_view(any_of(prod(lit("zero_number"), columns), prod(zero, columns)), "reshape")
+
+
+def _zero_of(m: Match) -> Value | None:
+    """The zero point; None for a number that is none of a byte."""
+    if "zero" in m:
+        found: Value = m["zero"]
+        return found
+    number, node = m.number("zero_number"), m["y"].node or m["product"].node
+    if number is None or number != round(number) or not -128 <= number <= 255 or node is None:
+        return None
+    attrs = {"value": int(number), "shape": (), "device": node.meta["val"].device}
+    return m.view.table.intern("full", (), attrs, (), torch.int16)
 
 
 def check_whole_zero(m: Match) -> Reject | None:
@@ -113,17 +126,21 @@ def check_whole_zero(m: Match) -> Reject | None:
         return Reject("the product is scaled already, or has a zero point", m["product"])
     if how.args.get("bias_first"):
         return Reject("the sums have a bias besides the zero point", m["y"])
-    sums = product.match.root.shape
-    if same_shape(m["product"].shape, sums) is False:
-        return Reject("the sums are reshaped before the zero point is taken off", m["product"])
-    return _check_zero(m, m["zero"], product.args["weight"], sums)
+    product_shape, shape = m["product"].shape, m["y"].shape
+    if not same_shape(product_shape[-1:], shape[-1:]):
+        return Reject("the sums are reshaped by more than their rows", m["y"])
+    zero_point = _zero_of(m)
+    if zero_point is None:
+        return Reject("the zero point is no number of a byte", m["y"])
+    apart = zero_point.ndim == len(product_shape)  # the zero point is taken off before the rows are split, or after
+    return _check_zero(m, zero_point, product.args["weight"], product_shape if apart else shape)
 
 
 def rewrite_whole_zero(m: Match) -> Call:
     canon, product, how = m.view.canon, m.form("product").args, m.form("y").args
     x, lead = product["x"], m["y"].shape[:-1]
     args = {name: how[name] for name in _SCALES if name in how}
-    zero_point = _in_lead(canon, m["zero"], (*x.shape[:-1], m["y"].shape[-1]), lead)
+    zero_point = _in_lead(canon, _zero_of(m), (*x.shape[:-1], m["y"].shape[-1]), lead)
     tensors = {"x": canon.reshape(x, (*lead, x.shape[-1])), "weight": product["weight"]}
     return Call(quant_linear, {**args, **tensors, "zero_point": zero_point, "column_sums": _flat_sums(canon, m["columns"])}, [m["y"]])
 
