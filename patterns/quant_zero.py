@@ -82,11 +82,11 @@ def _flat_sums(canon: Canon, value: Value) -> Value:
     return canon.cast(flat, torch.int32) if bits(flat.dtype) else flat
 
 
-def _check_zero(m: Match, zero_point: Value, weight: Value, shape: Shape) -> Reject | None:
+def _check_zero(zero_point: Value, sums: Value, weight: Value, shape: Shape) -> Reject | None:
     if not _is_of_rows(zero_point, shape):
         return Reject("the zero point is not one number, nor one a row", zero_point)
-    if not _are_column_sums(m["columns"], weight):
-        return Reject("what the zero point multiplies are not the sums of the weight's columns", m["columns"])
+    if not _are_column_sums(sums, weight):
+        return Reject("what the zero point multiplies are not the sums of the weight's columns", sums)
     if not _is_byte(zero_point) or not known_ge(_MOST_INPUTS, weight.shape[0]):
         return Reject("products of the zero point with sums of columns may leave the range of int32", zero_point)
     return None
@@ -119,6 +119,12 @@ def _zero_of(m: Match) -> Value | None:
     return m.view.table.intern("full", (), attrs, (), torch.int16)
 
 
+def _columns_of(m: Match) -> Value:
+    """The sums of columns as they lie along the product; times a number they are multiplied in the shape of their reduction."""
+    found: Value = m["columns"]
+    return m.view.canon.reshape(found, m.form("y").args["zero_point"].shape) if "zero_number" in m else found
+
+
 def check_whole_zero(m: Match) -> Reject | None:
     """A product of int8 matrices that is dequantised, of which a zero point times the sums of the weight's columns is taken off."""
     product, how = m.form("product"), m.form("y")
@@ -133,7 +139,7 @@ def check_whole_zero(m: Match) -> Reject | None:
     if zero_point is None:
         return Reject("the zero point is no number of a byte", m["y"])
     apart = zero_point.ndim == len(product_shape)  # the zero point is taken off before the rows are split, or after
-    return _check_zero(m, zero_point, product.args["weight"], product_shape if apart else shape)
+    return _check_zero(zero_point, _columns_of(m), product.args["weight"], product_shape if apart else shape)
 
 
 def rewrite_whole_zero(m: Match) -> Call:
@@ -142,7 +148,7 @@ def rewrite_whole_zero(m: Match) -> Call:
     args = {name: how[name] for name in _SCALES if name in how}
     zero_point = _in_lead(canon, _zero_of(m), (*x.shape[:-1], m["y"].shape[-1]), lead)
     tensors = {"x": canon.reshape(x, (*lead, x.shape[-1])), "weight": product["weight"]}
-    return Call(quant_linear, {**args, **tensors, "zero_point": zero_point, "column_sums": _flat_sums(canon, m["columns"])}, [m["y"]])
+    return Call(quant_linear, {**args, **tensors, "zero_point": zero_point, "column_sums": _flat_sums(canon, _columns_of(m))}, [m["y"]])
 
 
 _SCALES = ("scale", "scale2", "bias", "combined", "bias_first", "compute_dtype", "round_dtype", "out_dtype")
@@ -175,7 +181,7 @@ def check_scaled_zero(m: Match) -> Reject | None:
         return Reject("what is taken off has other scales than the product", m["difference"])
     if not same_shape(m["scaled"].shape, m["difference"].shape) or not bits(m["difference"].dtype):
         return Reject("what is taken off has another shape than the product", m["difference"])
-    return _check_zero(m, m["zero"], form.args["weight"], m["scaled"].shape)
+    return _check_zero(m["zero"], m["columns"], form.args["weight"], m["scaled"].shape)
 
 
 def rewrite_scaled_zero(m: Match) -> Call:
