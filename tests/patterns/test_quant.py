@@ -49,6 +49,12 @@ def by_inverse(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(x * (127 / amax)).to(torch.int8), amax / 127
 
 
+def by_inverse_alone(x: Tensor) -> tuple[Tensor, Tensor]:
+    """LLM.int8(): the 127 goes into the weight's scale."""
+    absmax = x.float().abs().amax(-1, keepdim=True)
+    return torch.round(x.float() * (127.0 / absmax)).to(torch.int8), absmax
+
+
 def of_min_and_max(x: Tensor) -> tuple[Tensor, Tensor]:
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     low, high = torch.min(low, torch.zeros_like(low)), torch.max(high, torch.zeros_like(high))
@@ -96,8 +102,8 @@ def float8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 FOUND = (
-    over_scale, clamp_first, squeezed, by_reciprocal, by_inverse, of_min_and_max, no_zeros, per_tensor, per_group, decomposed_per_token,
-    smoothed, float8,
+    over_scale, clamp_first, squeezed, by_reciprocal, by_inverse, by_inverse_alone, of_min_and_max, no_zeros, per_tensor, per_group,
+    decomposed_per_token, smoothed, float8,
 )  # fmt: skip
 
 
