@@ -73,6 +73,12 @@ def per_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
     return to_int8((x.float() / scale).round()), scale
 
 
+def by_one_number(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A number of float32 divides without being rounded to the type of x, in which the quotient is."""
+    scale = x.float().abs().max() / 127
+    return to_int8((x / scale).round()), scale
+
+
 def per_group(x: Tensor) -> tuple[Tensor, Tensor]:
     groups = x.unflatten(-1, (2, H // 2))
     scale = groups.abs().amax(-1, keepdim=True) / 7
@@ -102,7 +108,7 @@ def float8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 FOUND = (
-    over_scale, clamp_first, squeezed, by_reciprocal, by_inverse, by_inverse_alone, of_min_and_max, no_zeros, per_tensor, per_group,
+    over_scale, clamp_first, squeezed, by_reciprocal, by_inverse, of_min_and_max, no_zeros, per_tensor, per_group, by_one_number,
     decomposed_per_token, smoothed, float8,
 )  # fmt: skip
 
@@ -127,6 +133,13 @@ def test_found_scales(spelling: Callable[[Tensor], Any], dtype: torch.dtype) -> 
     report.expect(quantize=1)
     assert report.ops["quantize"] == 1
     assert report.launches_after <= 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_scale_of_which_the_reciprocal_alone_is_computed(dtype: torch.dtype) -> None:
+    """The largest magnitude is kept, too."""
+    report = equal_to_eager(by_inverse_alone, torch.randn(3, 5, H, dtype=dtype))
+    assert report.ops["quantize"] == report.idioms["quantize"] == 1
 
 
 @pytest.mark.parametrize("spelling", [over_scale, squeezed, asymmetric], ids=lambda fn: fn.__name__)
