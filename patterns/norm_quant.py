@@ -63,7 +63,7 @@ def _steps_apart(m: Match, name: str) -> dict[str, Any]:
     args = _quantising(q)
     if q.args.get("scale") is None:
         args.setdefault("compute_dtype", q.args["x"].dtype)
-    given = {key: _in_rows(m, args[key], source.shape[:-1], q.args["x"]) for key in ("scale", "zero_point") if key in args}
+    given: dict[str, Any] = {key: _in_rows(m, args[key], source.shape[:-1], q.args["x"]) for key in ("scale", "zero_point") if key in args}
     return {**args, **given}
 
 
