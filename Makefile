@@ -54,6 +54,8 @@ gpu-test:
 
 coverage:
 	$(RUN) benchmarks/coverage.py
+	$(RUN) benchmarks/coverage.py --suite routed
+	$(RUN) benchmarks/coverage.py --suite quantised
 
 bench:
 	$(RUN) benchmarks/matching.py

@@ -1,4 +1,4 @@
-"""How much of transformers' causal language models fuses, and whether the fused models still compute the same; writes docs/coverage.md.
+"""How much of transformers' causal language models fuses, and whether the fused models still compute the same; writes docs/coverage*.md.
 
 For every architecture that builds from a tiny configuration (tests/models/zoo.py), in bfloat16 and float32, with static and dynamic shapes,
 prefill and decode, SDPA and eager attention: counts the idioms that an eager pass executes, compiles with `backend="npu_fusion"`, runs,
@@ -10,6 +10,10 @@ pass left it) with eager's, both against float64.
     python benchmarks/coverage.py --sample 10 --seed 3 --budget 600
     python benchmarks/coverage.py --write-only                 # the document from what is measured
     python benchmarks/coverage.py --target ascend910b          # lowered for Ascend, run through the CPU kernels of its ops
+    python benchmarks/coverage.py --suite routed               # models with experts or latent attention: docs/coverage-routed.md
+    python benchmarks/coverage.py --suite quantised            # what quantises, and absorbed attention: docs/coverage-quantised.md
+
+The last suite is not of transformers but of producers (tests/models/producers.py): their sites are known; they must equal eager.
 
 Results are kept, one JSON line each, outside the checkout, so that the run can be stopped at any time and resumed. A result counts as
 measured as long as the package's code is what it was. Every architecture runs in a process of its own: a crash or a hang costs one cell.
@@ -37,6 +41,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES, SHAPES, PHASES, ATTENTION = ("bf16", "fp32"), ("static", "dynamic"), ("prefill", "decode"), ("sdpa", "eager")
+SUITES = ("models", "routed", "quantised")
 HERE, TARGETS = "cpu", ("ascend910b", "ascend910_93", "ascend950")
 BATCH, SEQUENCE = 2, 16
 WORKER = [sys.executable, __file__, "--worker"]
@@ -44,7 +49,7 @@ WORKER = [sys.executable, __file__, "--worker"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One model, compiled once."""
+    """One model, compiled once: `arch` is a model_type of transformers or the name of a producer, which has no kinds of attention."""
 
     arch: str
     dtype: str
@@ -107,6 +112,8 @@ def measure(cell: Cell, code: str = "") -> Result:
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[cell.dtype]
     result = Result(cell, code, "ok")
+    if cell.arch not in zoo.architectures():
+        return _measure_producer(cell, dtype, result)
     try:
         model = zoo.build(cell.arch, dtype, cell.attention)
     except ValueError as error:  # transformers' way of saying that the model has no such attention
@@ -125,28 +132,71 @@ def measure(cell: Cell, code: str = "") -> Result:
     return result
 
 
+def _measure_producer(cell: Cell, dtype: Any, result: Result) -> Result:
+    """A producer's cell: eager stands for float64, for numbers that round to others on the way say nothing about errors."""
+    import copy
+
+    import torch
+    from torch.utils import _pytree as pytree
+
+    from tests.models import producers
+
+    model, inputs = producers.build(cell.arch, dtype, cell.phase, BATCH, SEQUENCE)
+    result.executed = dict(producers.PRODUCERS[cell.arch].sites)
+    try:
+        with torch.no_grad():
+            eager = pytree.tree_leaves(model(*copy.deepcopy(inputs)))
+    except Exception as error:
+        return _failed(result, "eager", error)
+    try:
+        compiled = _compile(cell, model)
+        with torch.no_grad():
+            fused = pytree.tree_leaves(compiled(*copy.deepcopy(inputs)))
+        _read_report(compiled, result)
+    except Exception as error:
+        return _failed(result, "failed", error)
+    _compare(result, fused, eager, eager, dtype)
+    return result
+
+
 def _failed(result: Result, status: str, error: BaseException) -> Result:
     result.status, result.detail = status, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return result
 
 
 def _compiled_run(cell: Cell, model: Any, inputs: dict[str, Any], result: Result) -> Any:
-    import torch
-
-    import npu_fusion
     from tests.models import zoo
 
     compiled: list[Any] = []
 
     def wrap(module: Any) -> Any:
-        options: dict[str, Any] = {} if cell.target == HERE else {"target": cell.target, "emulate": True}
-        compiled.append(torch.compile(module, backend="npu_fusion", dynamic=cell.shapes == "dynamic", options=options))
+        compiled.append(_compile(cell, module))
         return compiled[0]
 
-    torch.compiler.reset()
     logits = zoo.run(model, inputs, wrap)
-    report = npu_fusion.report(compiled[0])
+    _read_report(compiled[0], result)
+    return logits
+
+
+def _compile(cell: Cell, module: Any) -> Any:
+    import torch
+
+    import npu_fusion  # noqa: F401  registers the backend
+
+    options: dict[str, Any] = {} if cell.target == HERE else {"target": cell.target, "emulate": True}
+    torch.compiler.reset()
+    return torch.compile(module, backend="npu_fusion", dynamic=cell.shapes == "dynamic", options=options)
+
+
+def _read_report(compiled: Any, result: Result) -> None:
+    """Take over from the report what the document is made of."""
+    import npu_fusion
+
+    report = npu_fusion.report(compiled)
     result.covered = dict(report.idioms)
+    result.covered["mla_attention"] = report.ops["mla_attention"]
+    in_products = [site for site in report.sites if site.fused and site.idiom == "dequantize" and site.op != "dequantize"]
+    result.covered["quantized_linear"] = len(in_products)
     for site in report.missed:
         reasons = result.reasons.setdefault(site.idiom, {})
         reason = site.reason or "no reason given"
@@ -160,7 +210,6 @@ def _compiled_run(cell: Cell, model: Any, inputs: dict[str, Any], result: Result
             result.passed_over[line] = result.passed_over.get(line, 0) + 1
     result.notes = [*report.notes, *(f"graph break: {line}" for line in report.graph_breaks)]
     result.notes += [f"rule {name} failed: {error}" for name, error in report.rule_errors.items()]
-    return logits
 
 
 def _compare(result: Result, fused: list[Any], eager: list[Any], exact: list[Any], dtype: Any) -> None:
@@ -264,18 +313,24 @@ def default_state() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "npu-fusion" / "coverage.jsonl"
 
 
+def subjects(suite: str) -> list[str]:
+    """The architectures, or producers, of a suite."""
+    from tests.models import producers, zoo
+
+    return {"models": zoo.architectures, "routed": zoo.routed_or_latent, "quantised": lambda: list(producers.PRODUCERS)}[suite]()
+
+
 def select_cells(options: argparse.Namespace) -> dict[str, list[Cell]]:
     """The cells asked for, by architecture."""
-    from tests.models import zoo
-
-    known = zoo.architectures()
+    known = subjects(options.suite)
     unknown = sorted(set(options.arch) - set(known))
     if unknown:
-        raise SystemExit(f"unknown architectures: {', '.join(unknown)}. Known: {', '.join(known)}")
+        raise SystemExit(f"unknown in the suite {options.suite}: {', '.join(unknown)}. Known: {', '.join(known)}")
     names = sorted(options.arch) or known
     if options.sample:
         names = sorted(random.Random(options.seed).sample(names, min(options.sample, len(names))))
-    axes = (options.dtype or DTYPES, options.shapes or SHAPES, options.phase or PHASES, options.attn or ATTENTION)
+    attention = ["none"] if options.suite == "quantised" else options.attn or ATTENTION
+    axes = (options.dtype or DTYPES, options.shapes or SHAPES, options.phase or PHASES, attention)
     return {name: [Cell(name, *axis, options.target) for axis in itertools.product(*axes)] for name in names}
 
 
@@ -306,6 +361,7 @@ def _tally(values: Iterable[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what npu_fusion fuses in transformers' causal language models.")
+    parser.add_argument("--suite", choices=SUITES, default=SUITES[0], help="what is measured (%(default)s)")
     parser.add_argument("--arch", action="append", default=[], help="a model_type; may be given several times; all by default")
     parser.add_argument("--sample", type=int, help="this many architectures, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing")
@@ -318,7 +374,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no architecture is begun")
     parser.add_argument("--jobs", type=int, default=1, help="architectures measured at a time")
     parser.add_argument("--state", type=Path, default=default_state(), help="where results are kept (%(default)s)")
-    parser.add_argument("--output", type=Path, help="docs/coverage.md, or docs/coverage-TARGET.md")
+    parser.add_argument("--output", type=Path, help="docs/coverage[-SUITE][-TARGET].md")
     parser.add_argument("--write-only", action="store_true", help="measure nothing, write the document from all results in the state")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -330,9 +386,13 @@ def main() -> None:
     state = State(options.state, None if options.write_only else code_version())
     if not options.write_only:
         run_all(select_cells(options), state, options.timeout, options.budget, options.jobs)
-    results = [result for result in state.results.values() if result.cell.target == options.target]
-    output = options.output or ROOT / "docs" / ("coverage.md" if options.target == HERE else f"coverage-{options.target}.md")
-    output.write_text(document(results))
+    members = set(subjects(options.suite))
+    results = [result for result in state.results.values() if result.cell.target == options.target and result.cell.arch in members]
+    name = "-".join(
+        ["coverage", *([options.suite] if options.suite != SUITES[0] else []), *([options.target] if options.target != HERE else [])]
+    )
+    output = options.output or ROOT / "docs" / f"{name}.md"
+    output.write_text(document(results, options.suite))
     print(f"wrote {output} from {len(results)} results")
 
 

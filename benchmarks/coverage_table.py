@@ -1,4 +1,4 @@
-"""The document that benchmarks/coverage.py writes: docs/coverage.md."""
+"""The documents that benchmarks/coverage.py writes: docs/coverage.md and its like."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ COLUMNS = {
     "RoPE": ("rope",),
     "gated activation": ("glu",),
     "attention": ("attention",),
+    "latent attention": ("mla_attention",),
+    "latent preprocess": ("mla",),
+    "router": ("router",),
+    "experts": ("experts",),
+    "quantise": ("quantize",),
+    "dequantise": ("dequantize",),
+    "quantised linear": ("quantized_linear",),
 }
-GOALS = {"RMSNorm": 0.98, "add → norm": 0.95, "RoPE": 0.95, "gated activation": 0.95, "attention": 0.95}
+GOALS = {"RMSNorm": 0.98} | dict.fromkeys(list(COLUMNS)[1:], 0.95)
 BROKEN = "the model breaks the graph: what lies outside runs eagerly, or runs a compiled graph several times that is counted once"
 UNRECOGNISED = "no rule came near it: the report does not list it"
 
@@ -34,6 +41,21 @@ a tiny random model, in bfloat16 and float32, with static and dynamic shapes, pr
   {factor} times eager's own, or the floor of the dtype.
 - Routing is pinned: every expert is chosen, so that no rounding error can send a token elsewhere.
 - Architectures put together from a text model and others are represented by the text model.
+- Latent attention counts among attention, too: here stands what keeps the parts of its keys apart. A router and its experts count once a
+  block, whatever they are written with.
+"""
+
+QUANTISED = """\
+# Coverage of quantised models and latent attention
+
+Written by `benchmarks/coverage.py --suite quantised`; do not edit. How much of what quantisation's producers make runs in fused ops
+(torchao's own tensors, and linears written by hand as AWQ, GPTQ, HQQ, compressed-tensors and LLM.int8() do), and of latent attention as
+DeepSeek's code for inference writes it, absorbed: tests/models/producers.py. In bfloat16 and float32, with static and dynamic shapes,
+prefill and decode.
+
+- How often an idiom occurs is known by construction. *Covered* sites are those that a fused op computes (`npu_fusion.report`).
+- A quantised linear is one whose scales are part of the op that multiplies; dequantised tensors count each.
+- The contract: an error against eager of at most the floor of the dtype.
 """
 
 _LOWERED = """\
@@ -42,13 +64,13 @@ Here the fused ops are lowered for {target} and run as its ops (`torch.ops.npu.*
 """
 
 
-def document(results: Sequence[Result]) -> str:
-    """The whole of docs/coverage.md."""
+def document(results: Sequence[Result], suite: str = "models") -> str:
+    """The whole of a document; columns of which nothing was executed or covered are left out."""
     from npu_fusion.numerics import EAGER_FACTOR
 
     measured = [result for result in results if result.status in ("ok", "wrong")]
     parts = [
-        INTRODUCTION.format(factor=EAGER_FACTOR),
+        QUANTISED if suite == "quantised" else INTRODUCTION.format(factor=EAGER_FACTOR),
         *(_LOWERED.format(target=target) for target in sorted({result.cell.target for result in results} - {"cpu"})),
         f"Measured with {'; '.join(sorted({result.code for result in results}))}: {_summary(results)}.",
         "## Totals",
@@ -84,6 +106,12 @@ def _summary(results: Sequence[Result]) -> str:
     return f"{architectures} architectures, {len(results)} configurations ({listed or 'none yet'})"
 
 
+def columns_of(results: Sequence[Result]) -> list[str]:
+    """The columns that are not empty."""
+    found = {idiom for result in results for sites in (result.executed, result.covered) for idiom, count in sites.items() if count}
+    return [column for column, idioms in COLUMNS.items() if found.intersection(idioms)]
+
+
 def counts(results: Iterable[Result], column: str) -> tuple[int, int]:
     """Sites covered and executed. Of one configuration no more count as covered than were executed."""
     covered = executed = 0
@@ -109,7 +137,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _totals(results: Sequence[Result]) -> str:
     rows = []
-    for column in COLUMNS:
+    for column in columns_of(results):
         covered, executed = counts(results, column)
         rows.append([column, str(covered), str(executed), _percent(covered, executed), f"{GOALS[column]:.0%}"])
     return _table(["idiom", "covered", "executed", "", "goal"], rows)
@@ -122,12 +150,13 @@ def _by_configuration(results: Sequence[Result]) -> str:
         "phase": lambda result: result.cell.phase,
         "attention": lambda result: result.cell.attention,
     }
-    rows = []
+    columns, rows = columns_of(results), []
     for name, axis in axes.items():
-        for value in sorted({axis(result) for result in results}):
+        values = sorted({axis(result) for result in results})
+        for value in values if len(values) > 1 else []:
             chosen = [result for result in results if axis(result) == value]
-            rows.append([f"{name}: {value}", *(_percent(*counts(chosen, column)) for column in COLUMNS)])
-    return _table(["", *COLUMNS], rows)
+            rows.append([f"{name}: {value}", *(_percent(*counts(chosen, column)) for column in columns)])
+    return _table(["", *columns], rows)
 
 
 def _providers(results: Sequence[Result]) -> str:
@@ -199,13 +228,13 @@ def _failures(results: Sequence[Result]) -> str:
 
 
 def _by_architecture(results: Sequence[Result]) -> str:
-    rows = []
+    columns, rows = columns_of(results), []
     for arch in sorted({result.cell.arch for result in results}):
         chosen = [result for result in results if result.cell.arch == arch]
         worst = max(result.error / result.allowed for result in chosen)
-        cells = [_fraction(*counts(chosen, column)) for column in COLUMNS]
+        cells = [_fraction(*counts(chosen, column)) for column in columns]
         rows.append([arch, str(len(chosen)), *cells, f"{worst:.2f}"])
-    return _table(["architecture", "configurations", *COLUMNS, "error / allowed"], rows)
+    return _table(["architecture", "configurations", *columns, "error / allowed"], rows)
 
 
 def _some(names: Iterable[str], limit: int = 6) -> str:

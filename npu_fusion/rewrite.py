@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from .layout import emit_layout, needs_layout, returned_memory, same_strides
@@ -78,11 +78,32 @@ def output_nodes(view: View, match: Match) -> list[Node]:
 
 def _reshape_of(view: View, value: Value) -> list[Node]:
     """The first node that computes an output, if it computes it in another shape: no node does in its own, or those are views of it."""
-    base = value.args[0] if value.op == "reshape" else value
-    family = [base, *(user for user in base.users if user.op == "reshape")]
+    family = _in_all_shapes(value)
     nodes = [node for member in family for node in view.nodes.get(member, ())]
     first = min(nodes, key=view.position.__getitem__, default=None)
     return [] if first is None or view.of[first] is value else [first]
+
+
+def _in_all_shapes(value: Value) -> list[Value]:
+    """The value and its reshapes. Casts stand outside of views: those of one type of a value in all shapes are one family."""
+    source, dtype = (value.args[0], value.dtype) if value.op == "cast" else (value, None)
+    base = source.args[0] if source.op == "reshape" else source
+    shapes = [base, *(user for user in base.users if user.op == "reshape")]
+    if dtype is None:
+        return shapes
+    return [user for shape in shapes for user in shape.users if user.op == "cast" and user.dtype == dtype]
+
+
+def _sizes_first(graph: Graph) -> None:
+    """Move sizes that are computed from inputs alone behind the inputs: an op that stands before them in the model may need them."""
+    placeholders = graph.find_nodes(op="placeholder")
+    early = {node for node in placeholders if not isinstance(node.meta.get("val"), torch.Tensor)}
+    last = placeholders[-1] if placeholders else None
+    for node in [node for node in graph.nodes if node.op == "call_function" and isinstance(node.meta.get("val"), torch.SymInt)]:
+        if last is not None and not node.is_impure() and early.issuperset(node.all_input_nodes):
+            last.append(node)
+            early.add(node)
+            last = node
 
 
 class _Rejected(Exception):
@@ -103,6 +124,7 @@ class _Rewriter:
         self.materializer = Materializer(view, self.graph, self._emit)
         self.new: dict[Node, Node] = {}
         self.returned = returned_memory(self.graph)
+        _sizes_first(self.graph)
 
     # ---------------------------------------------------------------- one match
 
@@ -157,6 +179,8 @@ class _Rewriter:
         for old, new in replaced.items():
             self._check_metadata(match, old, new)
         replaced = {old: self._laid_out(old, new) for old, new in replaced.items()}
+        if any(not argument < node for node in self.emitted for argument in node.all_input_nodes):
+            raise _Rejected("a size that it needs is known later only")
         if self.keep_checks:
             original = {new: old.name for old, new in self.new.items()}
             self.result.checks.append(make_check(match.rule.name, self.emitted, replaced, original))

@@ -1,7 +1,7 @@
 """Multi-head latent attention whose queries and keys come in two parts, without and with rotary position.
 
     key = torch.cat((k_nope, k_rope.expand(-1, heads, -1, -1)), dim=-1)     # or new_empty and two assignments
-    attention(torch.cat((q_nope, q_rope), dim=-1), key, value)
+    attention(torch.cat((q_nope, q_rope), dim=-1), key, value)          # or queries that nothing rotated, in one piece
 
 What tells it from partial rotary embeddings is that one part of the keys is a single head which all heads share. The parts stay apart: no
 key is assembled for each head. The rule starts from `attention`, so that whatever that reads (SDPA, eager spellings, masks) counts here.
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from npu_fusion.heads import unrepeated
 from npu_fusion.match import Match
 from npu_fusion.ops.attention import mla_attention
-from npu_fusion.pattern import LAST, op_any_args, sem
+from npu_fusion.pattern import LAST, any_of, anything, op_any_args, sem
 from npu_fusion.rule import Call, Reject, Rule, register_builtin
 from npu_fusion.view import Value
 from npu_fusion.view.canon import Canon, is_number
@@ -38,6 +38,15 @@ def _cuts(parts: Sequence[Value]) -> Iterator[tuple[int, Dim]]:
         yield count, channels
 
 
+def _cut_query(canon: Canon, query: Value, channels: Dim) -> tuple[Value, Value] | None:
+    """The queries before and behind that many channels; None where they are put together otherwise."""
+    if query.op != "cat":
+        last = query.ndim - 1
+        return canon.slice(query, last, 0, channels), canon.slice(query, last, channels, query.shape[-1])
+    at = next((count for count, found in _cuts(query.args) if known_equal(found, channels)), None)
+    return None if at is None else (canon.cat(query.args[:at], -1), canon.cat(query.args[at:], -1))
+
+
 def _shared(canon: Canon, parts: Sequence[Value], heads: Dim) -> Value | None:
     """The one head [B, 1, S, D] that the concatenated parts repeat for each of several heads; None where heads differ."""
     bases = []
@@ -57,19 +66,18 @@ def _parts(m: Match) -> tuple[Value, Value, Value, Value] | Reject:
         return Reject("of one head there is nothing that heads could share", key)
     if not known_equal(key.shape[HEADS], heads):
         return Reject("keys have fewer heads than queries", key)
-    cuts = dict(_cuts(query.args))
     for count, channels in _cuts(key.args):
-        at = next((i for i, found in cuts.items() if known_equal(found, channels)), None)
-        if at is None:
+        queries = _cut_query(canon, query, channels)
+        if queries is None:
             continue
-        keys, queries = (key.args[:count], key.args[count:]), (query.args[:at], query.args[at:])
+        keys = (key.args[:count], key.args[count:])
         shared = [_shared(canon, side, heads) for side in keys]
         if (shared[0] is None) == (shared[1] is None):
             continue
         rope = 0 if shared[1] is None else 1
         one_head = shared[rope]
         assert one_head is not None
-        return canon.cat(queries[1 - rope], -1), canon.cat(queries[rope], -1), canon.cat(keys[1 - rope], -1), one_head
+        return queries[1 - rope], queries[rope], canon.cat(keys[1 - rope], -1), one_head
     return Reject("no part of the keys is one head that all heads share, cut as the queries are", key)
 
 
@@ -102,7 +110,9 @@ def rewrite_mla_attention(m: Match) -> Call:
 
 MLA_ATTENTION = Rule(
     "mla_attention",
-    pattern=sem("attention", query=op_any_args("cat", dim=LAST).as_("query"), key=op_any_args("cat", dim=LAST).as_("key")).as_("attention"),
+    pattern=sem(
+        "attention", query=any_of(op_any_args("cat", dim=LAST), anything()).as_("query"), key=op_any_args("cat", dim=LAST).as_("key")
+    ).as_("attention"),
     check=check_mla_attention,
     rewrite=rewrite_mla_attention,
     produces="mla_attention",

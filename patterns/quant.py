@@ -439,10 +439,8 @@ def check_inverse(m: Match) -> Reject | None:
     rejected = known_numbers(m, "low", "high", "floor", "steps") or check_source(m) or check_range(m) or check_rows(m, ("inverse",))
     if rejected is not None:
         return rejected
-    beside = _scale_beside(m)
-    if beside is None:
-        return Reject("the model does not compute the scale, only its reciprocal", m["inverse"])
-    rejected = check_floor(m, m["inverse"].dtype, beside.dtype or m["inverse"].dtype)
+    kept = _scale_beside(m) or m["inverse"]  # who puts the steps into the scales of weights computes no scale
+    rejected = check_floor(m, m["inverse"].dtype, kept.dtype or m["inverse"].dtype)
     if rejected is not None:
         return rejected
     if bounds_of(m) is None and not (bits(m["quotient"].dtype) >= 32 and m.number("steps") == 127 and m.root.dtype is torch.int8):
@@ -452,7 +450,6 @@ def check_inverse(m: Match) -> Reject | None:
 
 def rewrite_inverse(m: Match) -> Call:
     scale, steps = _scale_beside(m), m.number("steps")
-    assert scale is not None
     assert steps is not None
     mode, floor = _floor(m)
     args = {
@@ -460,14 +457,14 @@ def rewrite_inverse(m: Match) -> Call:
         "apply": "multiply",
         "per_tensor": _per_tensor(m),
         "steps": steps,
-        "steps_reciprocal": spelling(m, scale) == "mul",
+        "steps_reciprocal": scale is not None and spelling(m, scale) == "mul",
         "floor_mode": mode,
         "floor": floor,
         "compute_dtype": m["inverse"].dtype,
-        "scale_dtype": scale.dtype,
+        "scale_dtype": (m["inverse"] if scale is None else scale).dtype,
         **storage(m, (-steps, steps)),
     }
-    return Call(quantize, args, [m.root, _kept(m, scale), None])
+    return Call(quantize, args, [m.root, None if scale is None else _kept(m, scale), None])
 
 
 QUANTIZE_BY_INVERSE = Rule(

@@ -139,6 +139,8 @@ class Quantization:
         factor = scale
         if apply == "multiply":
             factor = self.steps / self._floored_amax(v)
+        if self.per_tensor:
+            factor = factor.reshape(())  # one number: `value_dtype` is what v had, if the model did not cast it
         q = self._rounded(self._scaled(v, factor, apply), zero)
         return stored_like(q, x), scale, x.new_empty((0,), dtype=scale.dtype) if zero is None else zero
 

@@ -24,6 +24,10 @@ from torch.overrides import TorchFunctionMode
 
 ROTATION = re.compile(r"^_?apply_.*(rotary|rope)(?!.*vision)")
 NORM_FUNCTION = re.compile(r"^_?(rms_?norm|rms_forward|l2_?norm)")
+ROUTING_FUNCTION = re.compile(r"^sparsemixer$")  # chooses by masked maxima, one expert after the other, without topk
+EXPERTS_MODULE = re.compile(r"(?<!Shared)Experts$|MoeSharedExperts$")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN_COUNTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "top_k")
 
 # The same value in another layout, type or name.
 SAME_VALUE = frozenset(
@@ -63,7 +67,10 @@ class SiteCounter(TorchFunctionMode):
     - rope: tensors returned by the modeling file's `apply_rotary...` functions.
     - glu: products of an activation's output with a tensor of the same shape that is not the activation's own input. The product with a
       gate inside a gated norm belongs to the norm.
-    - attention: `scaled_dot_product_attention` calls, and softmax outputs that go into a matrix product.
+    - attention: `scaled_dot_product_attention` calls, and softmax outputs that go into a matrix product; mla_attention: those of a
+      module with a `kv_b_proj`, whose keys and values are projected from a latent.
+    - router: choices by `topk` of as many experts as the configuration says, among as many as it has, and calls of `sparsemixer`.
+    - experts: outermost calls of a module named `...Experts` that are not the shared ones.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -78,6 +85,8 @@ class SiteCounter(TorchFunctionMode):
         self._counted: set[int] = set()
         self._norms: list[_Norm] = []
         self._rotations = 0
+        self._latent = self._experts = 0  # how deep in modules of these kinds
+        self._expert_counts, self._chosen_counts = (_numbers(model, names) for names in (EXPERT_COUNTS, CHOSEN_COUNTS))
         self._activation_inputs: list[Tensor] = []
         self._stack = ExitStack()
 
@@ -90,6 +99,8 @@ class SiteCounter(TorchFunctionMode):
             self._patch(owner, name, self._rotation)
         for owner, name in _functions(self._model, NORM_FUNCTION):
             self._patch(owner, name, self._norm_function)
+        for owner, name in _functions(self._model, ROUTING_FUNCTION):
+            self._patch(owner, name, self._routing_function)
         super().__enter__()
         return self
 
@@ -126,17 +137,27 @@ class SiteCounter(TorchFunctionMode):
             self.sites["l2_norm" if "l2" in function.__name__ else "rms_norm"] += 1
         return function(*args, **kwargs)
 
+    def _routing_function(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.sites["router"] += 1
+        return function(*args, **kwargs)
+
     # -- modules
 
     def _before_module(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         name = type(module).__name__
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        self._latent += hasattr(module, "kv_b_proj")
+        if EXPERTS_MODULE.search(name):
+            self.sites["experts"] += not self._experts
+            self._experts += 1
         if "Norm" in name:
             self._norms.append(_Norm(module, tensors[0] if tensors else None, gated=len(tensors) > 1))
         elif ACTIVATION_MODULES.search(name) and tensors:
             self._activation_inputs.append(tensors[0])
 
     def _after_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._latent -= hasattr(module, "kv_b_proj")
+        self._experts -= bool(EXPERTS_MODULE.search(type(module).__name__))
         if self._norms and self._norms[-1].module is module:
             self._end_norm(self._norms.pop())
         elif self._activation_inputs and args and self._activation_inputs[-1] is args[0] and isinstance(output, Tensor):
@@ -192,12 +213,14 @@ class SiteCounter(TorchFunctionMode):
         elif name == "normalize":
             self.sites["l2_norm"] += 1
         elif name == "scaled_dot_product_attention":
-            self.sites["attention"] += 1
+            self._attention(id(result))
+        elif name == "topk":
+            self._topk(first, result)
         elif name == "softmax":
             self._weights[id(result)] = id(result)
         elif name in MATMULS:
             for softmax in {self._weights[id(tensor)] for tensor in tensors if id(tensor) in self._weights}:
-                self._count_once("attention", softmax)
+                self._attention(softmax)
         if name in SUMS and not self._rotations and len(tensors) == 2 and tensors[0].shape == tensors[1].shape and result.dim() > 1:
             self._sums[id(result)] = id(result)
         if name in ACTIVATIONS:
@@ -205,6 +228,15 @@ class SiteCounter(TorchFunctionMode):
         if name in PRODUCTS and len(tensors) == 2:
             self._product(tensors[0], tensors[1], result)
         self._follow(name, tensors, results)
+
+    def _topk(self, values: Tensor, chosen: Tensor) -> None:
+        many = {values.shape[-1], values.shape[-1] - 1}  # one more: the choice of no expert
+        self.sites["router"] += bool(many & self._expert_counts) and chosen.shape[-1] in self._chosen_counts and values.dim() < 4
+
+    def _attention(self, key: int) -> None:
+        self._count_once("attention", key)
+        if self._latent:
+            self._count_once("mla_attention", -key)
 
     def _activated(self, result: Tensor, source: Tensor) -> None:
         self._alive.append(result)
@@ -246,6 +278,12 @@ def _flat(value: Any) -> list[Any]:
     if isinstance(value, (tuple, list)):
         return [leaf for item in value for leaf in _flat(item)]
     return [value]
+
+
+def _numbers(model: nn.Module, names: Iterable[str]) -> set[int]:
+    """The numbers that the configuration has under such names."""
+    found = (getattr(getattr(model, "config", None), name, None) for name in names)
+    return {number for number in found if isinstance(number, int)}
 
 
 def _functions(model: nn.Module, pattern: re.Pattern[str]) -> list[tuple[Any, str]]:

@@ -25,13 +25,15 @@ KNOWN = {
     # and norms on what attention and MLP return, before the sum
     "gemma3_text": {"rms_norm": 13, "residual_add": 4, "rope": 4, "glu": 2, "attention": 2},
     # norms on the latents of queries and of keys and values; a dense layer, then one with routed and with shared experts
-    "deepseek_v3": {"rms_norm": 9, "residual_add": 4, "rope": 4, "glu": 3, "attention": 2},
+    "deepseek_v3": {"rms_norm": 9, "residual_add": 4, "rope": 4, "glu": 3, "attention": 2}
+    | {"mla_attention": 2, "router": 1, "experts": 1},
     # clamped gates written out as x * sigmoid(a x), times up + 1; softmax over scores and sinks
-    "gpt_oss": {"rms_norm": 5, "residual_add": 4, "rope": 4, "glu": 2, "attention": 2},
+    "gpt_oss": {"rms_norm": 5, "residual_add": 4, "rope": 4, "glu": 2, "attention": 2, "router": 2, "experts": 2},
     # one norm a layer, and the scan's output gated
     "mamba": {"rms_norm": 3, "residual_add": 2, "glu": 2},
     # a delta-rule layer (gated norm, q and k normalised) and an attention layer (q and k norms, output gated); routed and shared experts
-    "qwen3_next": {"rms_norm": 7, "gated_rms_norm": 1, "l2_norm": 2, "residual_add": 4, "rope": 2, "glu": 5, "attention": 1},
+    "qwen3_next": {"rms_norm": 7, "gated_rms_norm": 1, "l2_norm": 2, "residual_add": 4, "rope": 2, "glu": 5, "attention": 1}
+    | {"router": 2, "experts": 2},
     # LayerNorm, attention and MLP in parallel
     "cohere": {"layer_norm": 3, "rope": 4, "glu": 2, "attention": 2},
 }

@@ -13,6 +13,7 @@ here imports npu_fusion.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import re
 from collections import Counter
@@ -26,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .configs import VOCABULARY, has_parts, tiny_config
 from .float64 import Float64Mode, to_float64
-from .sites import SiteCounter
+from .sites import EXPERT_COUNTS, SiteCounter
 
 MAX_CACHE_LEN = 64
 FIRST_TOKEN = 3  # beyond the padding, begin and end tokens
@@ -46,6 +47,12 @@ def architectures() -> list[str]:
     Left out are those put together from a text model and others (images, audio) or an encoder: the text model stands for itself.
     """
     return sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if not has_parts(CONFIG_MAPPING[name]))
+
+
+def routed_or_latent() -> list[str]:
+    """Those of the zoo that have experts or latent attention, by the fields of their configurations."""
+    wanted = {*EXPERT_COUNTS, "kv_lora_rank"}
+    return [name for name in architectures() if wanted & {field.name for field in dataclasses.fields(CONFIG_MAPPING[name])}]
 
 
 def build(model_type: str, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa", seed: int = 0) -> nn.Module:

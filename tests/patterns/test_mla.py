@@ -89,6 +89,18 @@ def test_shards_of_the_heads(shards: int) -> None:
     assert report.idioms["attention"] == 1
 
 
+def test_queries_that_nothing_rotated_are_cut_where_the_keys_are() -> None:
+    """Latent attention without positions, as in Kimi Linear: the queries come in one piece."""
+
+    def fn(query: Tensor, k_nope: Tensor, k_rope: Tensor, value: Tensor) -> Tensor:
+        return sdpa(query, assigned(k_nope, k_rope), value)
+
+    q_nope, q_rope, *keys = operands(torch.bfloat16)
+    report = fused_within_contract(fn, torch.cat((q_nope, q_rope), -1), *keys)
+    [call] = calls_of(report)
+    assert [arg.meta["val"].shape[-1] for arg in call.args[:4]] == [NOPE, ROPE, NOPE, ROPE]  # type: ignore[union-attr]
+
+
 def partial_rotary(q_nope: Tensor, q_rope: Tensor, k_nope: Tensor, k_rope: Tensor, value: Tensor) -> Tensor:
     return sdpa(torch.cat((q_nope, q_rope), -1), torch.cat((k_nope, q_rope), -1), value)
 

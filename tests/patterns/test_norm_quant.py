@@ -20,6 +20,8 @@ CHANNELS = torch.rand(H) * 20 + 1
 WEIGHT = torch.randint(-127, 128, (N, H), dtype=torch.int8)
 SCALE = torch.rand(N) * 0.01 + 0.001
 
+ROW_SCALES = torch.rand(20, 1) * 0.01 + 0.001
+
 
 def norm(x: Tensor) -> Tensor:
     h = x.float()
@@ -41,6 +43,24 @@ def added(x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
     return *found(norm(total)), total
 
 
+def of_rows(y: Tensor) -> tuple[Tensor, ...]:
+    """As a linear does that flattens its tokens first; the scales keep no dimension of their own."""
+    rows = y.reshape(-1, y.shape[-1])
+    scale = rows.float().abs().amax(-1).clamp(min=1e-5) / 127
+    return (rows / scale.unsqueeze(1)).round().clamp(-128, 127).to(torch.int8), scale
+
+
+def one_scale(y: Tensor) -> tuple[Tensor, ...]:
+    rows = y.flatten(0, 1)
+    scale = rows.float().abs().amax().clamp(min=1e-5) / 127
+    return (rows / scale).round().clamp(-128, 127).to(torch.int8), scale
+
+
+def given_rows(y: Tensor) -> tuple[Tensor, ...]:
+    rows = y.reshape(-1, y.shape[-1])
+    return ((rows / ROW_SCALES).round().clamp(-128, 127).to(torch.int8),)
+
+
 def unit(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, -1)
     return F.silu(gate) * up
@@ -60,6 +80,11 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...], str, dict[str, int]]
     "norm, returned": (lambda x: (*found(y := norm(x)), y), (H,), "rms_norm_quant", {"rms_norm": 1, "quantize": 1}),
     "sum": (added, (H, H), "add_rms_norm_quant", {"residual_add": 1, "rms_norm": 1, "quantize": 1}),
     "unit": (lambda x: found(unit(x)), (N,), "glu_quant", {"glu": 1, "quantize": 1}),
+    "norm of rows": (lambda x: of_rows(norm(x)), (H,), "rms_norm_quant", {"rms_norm": 1, "quantize": 1}),
+    "norm of rows, read elsewhere": (lambda x: (*of_rows(y := norm(x)), y.flatten(0, 1) * 2), (H,), "rms_norm_quant", {"quantize": 1}),
+    "norm of rows, given scales": (lambda x: given_rows(norm(x)), (H,), "rms_norm_quant", {"rms_norm": 1, "quantize": 1}),
+    "norm of rows, one scale": (lambda x: one_scale(norm(x)), (H,), "rms_norm_quant", {"rms_norm": 1, "quantize": 1}),
+    "unit of rows": (lambda x: of_rows(unit(x)), (N,), "glu_quant", {"glu": 1, "quantize": 1}),
     "unit of sums": (of_sums, (H,), "dequant_glu_quant", {"glu": 1, "quantize": 2, "dequantize": 1}),
 }
 
@@ -82,6 +107,11 @@ def test_one_op(case: str, dtype: torch.dtype, dynamic: bool) -> None:
 
 def test_a_normalised_tensor_that_is_changed_before_it_is_quantised() -> None:
     report = fused(lambda x: found(torch.tanh(norm(x))), torch.randn(4, 5, H))[1]
+    assert report.ops == {"rms_norm": 1, "quantize": 1}
+
+
+def test_groups_of_channels_are_quantised() -> None:
+    report = fused(lambda x: found(norm(x).unflatten(-1, (-1, 8))), torch.randn(4, 5, H))[1]
     assert report.ops == {"rms_norm": 1, "quantize": 1}
 
 

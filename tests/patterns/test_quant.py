@@ -50,6 +50,12 @@ def by_inverse(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(x * (127 / amax)).to(torch.int8), amax / 127
 
 
+def by_inverse_alone(x: Tensor) -> tuple[Tensor, Tensor]:
+    """LLM.int8(): the 127 goes into the weight's scale."""
+    absmax = x.float().abs().amax(-1, keepdim=True)
+    return torch.round(x.float() * (127.0 / absmax)).to(torch.int8), absmax
+
+
 def of_min_and_max(x: Tensor) -> tuple[Tensor, Tensor]:
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     low, high = torch.min(low, torch.zeros_like(low)), torch.max(high, torch.zeros_like(high))
@@ -66,6 +72,12 @@ def no_zeros(x: Tensor) -> tuple[Tensor, Tensor]:
 def per_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = x.abs().max().float() / 127
     return to_int8((x.float() / scale).round()), scale
+
+
+def by_one_number(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A number of float32 divides without being rounded to the type of x, in which the quotient is."""
+    scale = x.float().abs().max() / 127
+    return to_int8((x / scale).round()), scale
 
 
 def per_group(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,8 +109,8 @@ def float8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 FOUND = (
-    over_scale, clamp_first, squeezed, by_reciprocal, by_inverse, of_min_and_max, no_zeros, per_tensor, per_group, decomposed_per_token,
-    smoothed, float8,
+    over_scale, clamp_first, squeezed, by_reciprocal, by_inverse, of_min_and_max, no_zeros, per_tensor, per_group, by_one_number,
+    decomposed_per_token, smoothed, float8,
 )  # fmt: skip
 
 
@@ -122,6 +134,13 @@ def test_found_scales(spelling: Callable[[Tensor], Any], dtype: torch.dtype) -> 
     report.expect(quantize=1)
     assert report.ops["quantize"] == 1
     assert report.launches_after <= 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_scale_of_which_the_reciprocal_alone_is_computed(dtype: torch.dtype) -> None:
+    """The largest magnitude is kept, too."""
+    report = equal_to_eager(by_inverse_alone, torch.randn(3, 5, H, dtype=dtype))
+    assert report.ops["quantize"] == report.idioms["quantize"] == 1
 
 
 @pytest.mark.parametrize("spelling", [over_scale, squeezed, asymmetric], ids=lambda fn: fn.__name__)
