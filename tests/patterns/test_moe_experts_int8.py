@@ -1,0 +1,98 @@
+"""Routed experts in int8: spellings, look-alikes, numerics against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from npu_fusion import FusionReport
+from tests.patterns.support import fused_within_contract
+from tests.patterns.test_moe_experts import BF16, EXPERTS, FP16, FP32, HIDDEN, INNER, TOKENS, K, back, ends_of, swiglu
+
+Experts = Callable[..., Tensor]
+
+
+def codes(*shape: int) -> tuple[Tensor, Tensor]:
+    """int8 matrices [E, out, in], and the scales [E, out] of their channels."""
+    return torch.randint(-127, 128, shape, dtype=torch.int8), (torch.rand(shape[:2]) + 0.5) * shape[2] ** -0.5 / 70
+
+
+def inputs(dtype: torch.dtype = BF16) -> list[Tensor]:
+    """Tokens, ids, weights, gate_up and its scale, down and its scale."""
+    torch.manual_seed(0)
+    routing = [torch.randn(TOKENS, HIDDEN).to(dtype), torch.rand(TOKENS, EXPERTS).topk(K).indices, torch.rand(TOKENS, K).to(dtype)]
+    return [*routing, *codes(EXPERTS, 2 * INNER, HIDDEN), *codes(EXPERTS, HIDDEN, INNER)]
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
+    return (x.float() / scale).round().clamp(-128, 127).to(torch.int8), scale
+
+
+def product(q: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(q.to(BF16), w.mT.to(BF16), offs=ends)
+
+
+# -------------------------------------------------------------------- spellings
+
+
+def rows_quantised(x: Tensor, ids: Tensor, w: Tensor, gate_up: Tensor, s1: Tensor, down: Tensor, s2: Tensor) -> Tensor:
+    """A linear that quantises what it gets, called twice."""
+    ordered, order = torch.sort(ids.reshape(-1))
+    ends = ends_of(ordered)
+
+    def linear(rows: Tensor, matrices: Tensor, scales: Tensor) -> Tensor:
+        q, s = quantize(rows)
+        return (product(q, matrices, ends).float() * s * scales[ordered]).to(x.dtype)
+
+    rows = linear(swiglu(linear(x[order // K], gate_up, s1)), down, s2) * w.reshape(-1)[order].unsqueeze(-1)
+    return back(rows, order).view(x.size(0), K, -1).sum(dim=1).to(x.dtype)
+
+
+def tokens_quantised(x: Tensor, ids: Tensor, w: Tensor, gate_up: Tensor, s1: Tensor, down: Tensor, s2: Tensor) -> Tensor:
+    """Tokens are quantised before they are sorted; gate and up are two products; the scales are multiplied first."""
+    order = torch.argsort(ids.view(-1), stable=True)
+    chosen, ends, token = ids.view(-1)[order], ends_of(ids.view(-1)), order // K
+    q, s = quantize(x)
+    q, s = q[token], s[token]
+    gate = product(q, gate_up[:, :INNER], ends).float() * (s * s1[:, :INNER][chosen])
+    up = product(q, gate_up[:, INNER:], ends).float() * (s * s1[:, INNER:][chosen])
+    q, s = quantize(F.silu(gate) * up)
+    rows = product(q, down, ends) * s2[chosen] * s
+    return (rows[order.argsort()].view(-1, K, HIDDEN) * w.unsqueeze(-1)).sum(1).to(x.dtype)
+
+
+def repeated(x: Tensor, ids: Tensor, w: Tensor, gate_up: Tensor, s1: Tensor, down: Tensor, s2: Tensor) -> Tensor:
+    """Quantised tokens repeated before they are sorted, scales without their last dimension, added up by index."""
+    ordered, order = torch.sort(ids.reshape(-1))
+    ends = ends_of(ordered)
+    q, s = quantize(x)
+    q = q.unsqueeze(1).expand(-1, K, -1).reshape(-1, HIDDEN)[order]
+    s = s.unsqueeze(1).expand(-1, K, -1).reshape(-1, 1)[order]
+    h = swiglu(product(q, gate_up, ends).to(FP32) * s * s1.unsqueeze(1)[ordered].squeeze(1))
+    q, s = quantize(h.to(x.dtype))
+    rows = (product(q, down, ends).to(FP32) * s * s2[ordered]).to(x.dtype)
+    return torch.zeros_like(x).index_add(0, order // K, rows * w.reshape(-1)[order].unsqueeze(-1))
+
+
+SPELLINGS: list[Experts] = [rows_quantised, tokens_quantised, repeated]
+
+
+def call_of(report: FusionReport) -> dict[str, Any]:
+    [call] = [node for node in report.graph("fused").graph.nodes if "moe_experts_int8" in str(node.target)]
+    return dict(call.kwargs)
+
+
+@pytest.mark.parametrize("experts", SPELLINGS)
+def test_every_spelling_is_one_call(experts: Experts) -> None:
+    report = fused_within_contract(experts, *inputs())
+    assert report.ops["moe_experts_int8"] == 1, [site.reason for site in report.missed]
+    assert (report.idioms["experts"], report.idioms["glu"], report.idioms["quantize"]) == (1, 1, 2)
+    names = {getattr(node.target, "_opname", "") for node in report.graph("fused").graph.nodes}
+    assert not names & {"_grouped_mm", "sort", "index", "histc", "silu", "round", "amax", "index_add", "quantize", "glu_quant"}
+    assert call_of(report)["floor"] == 1e-8
