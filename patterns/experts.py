@@ -13,6 +13,7 @@ Sources: transformers' integrations/moe.py; torchtitan's models/moe.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from npu_fusion.match import Match
@@ -77,12 +78,12 @@ inverse = any_of(
     op("getitem", torch_op("sort", order, dim=ONLY_DIM, descending=False, tensors="self"), index=1),
 )
 
-def taken(source: Pattern) -> Pattern:
-    """The rows of the tokens, each as often as it has experts, in the order of these."""
+def taken(source: Pattern, stored: Callable[[Pattern], Pattern] = lambda rows: rows) -> Pattern:
+    """The rows of the tokens, each as often as it has experts, in the order of these; `stored` is applied to rows that are repeated."""
     return any_of(
         at(source, token),
         torch_op("gather", source, spread_token, dim=0, overload="default", tensors="self index"),
-        at(reshape(expand(reshape(source)).as_("repeated")), order),
+        at(stored(reshape(expand(reshape(source)).as_("repeated"))), order),
     )
 
 

@@ -29,19 +29,30 @@ from npu_fusion.view.shapes import known_equal, same_shape
 from .experts import at, check_routing, grouped, ordered, routing_arguments, taken, unit_arguments, weighted_sum
 
 _KEEPING = ("reshape", "expand", "cast")
+_CARRIERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # -------------------------------------------------------------------- pattern
+
+
+def carried(whole: Pattern) -> Pattern:
+    """Whole numbers of a byte, in whatever types that hold them all."""
+    return opt_cast(whole, lambda value: value.dtype in _CARRIERS)
+
+
+def floating(number: Pattern) -> Pattern:
+    """Sums or scales, in whatever floating types of 16 bits and more."""
+    return opt_cast(number, lambda value: bits(value.dtype) >= 16)
 
 
 def scaled(rows: Pattern, matrices: str) -> Pattern:
     """The sums of products of whole numbers, times the scales of rows and of channels, in whatever order."""
     of_rows = var(f"{matrices}_rows").where(lambda scale: scale.ndim == 2 and known_equal(scale.shape[1], 1), "no scale of the rows")
     of_channels = through(_KEEPING, at(through(_KEEPING, var(f"{matrices}_scale")), ordered)).as_(f"{matrices}_columns")
-    sums = grouped(opt_cast(rows), matrices)
-    return opt_cast(prod(opt_cast(sums), opt_cast(of_rows), of_channels))
+    sums = grouped(carried(rows), matrices)
+    return floating(prod(floating(sums), of_rows, of_channels))
 
 
-before = taken(opt_view(opt_cast(sem("quantize").as_("quantised_tokens")), "reshape").as_("source"))
+before = taken(opt_view(carried(sem("quantize").as_("quantised_tokens")), "reshape").as_("source"), carried)
 after = sem("quantize", x=opt_upcast(taken(var("source")))).as_("quantised_rows")
 rows = any_of(before, after)
 first = scaled(rows, "gate_up").as_("first")
@@ -103,7 +114,10 @@ def _channels(m: Match, name: str) -> Value | None:
     """The scales of the columns of all matrices, [E, N]; None for others."""
     canon, stored, taken_, matrices = m.view.canon, m[f"{name}_scale"], m[f"{name}_columns"], m[name]
     rows, (experts, width) = m["ids"].shape[0], (matrices.shape[0], matrices.shape[2])
-    if taken_.ndim != 2 or not known_equal(taken_.shape[0], rows) or not bits(stored.dtype) or _bare(taken_) is None:
+    index = _bare(taken_)
+    if taken_.ndim != 2 or not known_equal(taken_.shape[0], rows) or not bits(stored.dtype):
+        return None
+    if index is None or index.op != "index" or _bare(index.args[0]) is not stored:
         return None
     lengths = [size for size in stored.shape[1:] if not known_equal(size, 1)]
     if stored.ndim == 0 or not known_equal(stored.shape[0], experts) or len(lengths) > 1:
@@ -118,7 +132,7 @@ def _codes(canon: Canon, matrices: Value) -> Value | None:
     """The int8 matrices behind casts, in the order in which the product reads them; None for others."""
     if matrices.op == "cast":
         inner = matrices.args[0]
-        return inner if inner.dtype is torch.int8 else None
+        return inner if inner.dtype is torch.int8 and matrices.dtype in _CARRIERS else None
     if matrices.op not in ("permute", "slice", "reshape"):
         return None
     inner_codes = _codes(canon, matrices.args[0])
