@@ -48,7 +48,7 @@ def scaled(rows: Pattern, matrices: str) -> Pattern:
     """The sums of products of whole numbers, times the scales of rows and of channels, in whatever order."""
     of_rows = var(f"{matrices}_rows").where(lambda scale: scale.ndim == 2 and known_equal(scale.shape[1], 1), "no scale of the rows")
     of_channels = through(_KEEPING, at(through(_KEEPING, var(f"{matrices}_scale")), ordered)).as_(f"{matrices}_columns")
-    sums = grouped(carried(rows), matrices)
+    sums = grouped(carried(rows), matrices).as_(f"{matrices}_sums")
     return floating(prod(floating(sums), of_rows, of_channels))
 
 
@@ -204,11 +204,16 @@ def check_experts_int8(m: Match) -> Reject | None:
     return None
 
 
+def _rounded(m: Match, name: str, result: str) -> torch.dtype:
+    """The narrowest type in which the model has scaled sums: it makes no difference to the rounding whether the scales come before it."""
+    return min(m[f"{name}_sums"].dtype, m[result].dtype, key=bits)
+
+
 def rewrite_experts_int8(m: Match) -> Call:
     x, canon = _x(m), m.view.canon
     args = {**routing_arguments(m, x), **unit_arguments(m), **_how(_tokens_form(m))}
     args |= {name: _codes(canon, m[name]) for name in _names(m)} | {f"{name}_scale": _channels(m, name) for name in _names(m)}
-    args |= {"sum_dtype": m["first"].dtype, "hidden_dtype": m["unit"].dtype, "result_dtype": m["results"].dtype}
+    args |= {"sum_dtype": _rounded(m, "gate_up", "first"), "result_dtype": _rounded(m, "down", "results"), "hidden_dtype": m["unit"].dtype}
     none = {} if "up" in m else {"up": None, "up_scale": None}
     return Call(moe_experts_int8, {**args, **none}, [canon.reshape(m.root, (x.shape[0], m["down"].shape[2]))])
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..semantic import semantic_op
-from ._common import check_choice, check_floating, check_floating_dtype, check_index, check_rank, check_sizes, check_type, check_value
+from ._common import check_choice, check_floating, check_floating_dtype, check_index, check_rank, check_sizes, check_type, check_value, compute_dtype
 from .experts import Routing
 from .glu import LAYOUTS, glu
 from .quant_core import QUANTIZE_SCHEMA, Quantization
@@ -96,9 +96,9 @@ def moe_experts_int8(
         gate_up: int8 [E, H, 2I]; [E, H, I] with `up`; stored in any order. gate_up_scale: [E, 2I] or [E, I], floating point.
         up: int8 [E, H, I], or None. up_scale: [E, I], or None.
         down: int8 [E, I, N]. down_scale: [E, N].
-        options: `activation`, `layout`, `alpha`, `gate_limit`, `up_limit`, `up_offset`, `round_dtype` as in `glu`; `sum_dtype`, in which
-            the unit gets the scaled sums (None: fp32); `hidden_dtype`, of its result (None: `sum_dtype`); `result_dtype`, of the scaled
-            sums of `down` (None: fp32); `product_dtype`, `out_dtype` as in `moe_experts`; and those of `quantize`, which hold for both
+        options: `activation`, `layout`, `alpha`, `gate_limit`, `up_limit`, `up_offset`, `round_dtype` as in `glu`; `sum_dtype`, to which
+            the scaled sums are rounded for the unit (None: fp32); `hidden_dtype`, of its result (None: `sum_dtype`); `result_dtype`, to
+            which the scaled sums of `down` are rounded (None: fp32); `product_dtype`, `out_dtype` as in `moe_experts`; and those of `quantize`, which hold for both
             products; they find a scale for each row, symmetrically.
 
     Returns:
@@ -116,11 +116,11 @@ def moe_experts_int8(
     matrices = {"gate_up": gate_up, "gate_up_scale": gate_up_scale, "up": up, "up_scale": up_scale}
     _check(x, indices, weights, matrices | {"down": down, "down_scale": down_scale}, options)
     unit, dtypes, quantising = _taken(options)
-    routing, how = Routing.of(indices, gate_up.shape[0]), Quantization(**quantising)
+    routing, how, compute = Routing.of(indices, gate_up.shape[0]), Quantization(**quantising), compute_dtype(x)
 
     def linear(q: Tensor, s: Tensor, matrix: Tensor, scale: Tensor, dtype: torch.dtype | None) -> Tensor:
-        wide = _whole_grouped(q, matrix, routing.ends).float() * s.float() * scale.float()[routing.expert_of]
-        return wide.to(dtype or torch.float32)
+        wide = _whole_grouped(q, matrix, routing.ends).to(compute) * s.to(compute) * scale.to(compute)[routing.expert_of]
+        return wide.to(dtype or compute)
 
     q, s, _ = how.quantize(x)
     q, s = q[routing.token], s[routing.token]
