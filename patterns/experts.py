@@ -78,6 +78,7 @@ inverse = any_of(
     op("getitem", torch_op("sort", order, dim=ONLY_DIM, descending=False, tensors="self"), index=1),
 )
 
+
 def taken(source: Pattern, stored: Callable[[Pattern], Pattern] = lambda rows: rows) -> Pattern:
     """The rows of the tokens, each as often as it has experts, in the order of these; `stored` is applied to rows that are repeated."""
     return any_of(

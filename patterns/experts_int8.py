@@ -112,7 +112,9 @@ def _check_rows(m: Match, name: str) -> Reject | None:
 
 def _channels(m: Match, name: str) -> Value | None:
     """The scales of the columns of all matrices, [E, N]; None for others."""
-    canon, stored, taken_, matrices = m.view.canon, m[f"{name}_scale"], m[f"{name}_columns"], m[name]
+    canon, matrices = m.view.canon, m[name]
+    stored: Value = m[f"{name}_scale"]
+    taken_: Value = m[f"{name}_columns"]
     rows, (experts, width) = m["ids"].shape[0], (matrices.shape[0], matrices.shape[2])
     index = _bare(taken_)
     if taken_.ndim != 2 or not known_equal(taken_.shape[0], rows) or not bits(stored.dtype):
@@ -180,10 +182,8 @@ def _names(m: Match) -> tuple[str, ...]:
 
 def _x(m: Match) -> Value:
     """What is quantised, a row a token."""
-    if "quantised_rows" in m:
-        return m["source"]
-    x: Value = m.form("quantised_tokens").args["x"]
-    return m.view.canon.reshape(x, m["source"].shape)
+    source: Value = m["source"]
+    return source if "quantised_rows" in m else m.view.canon.reshape(m.form("quantised_tokens").args["x"], source.shape)
 
 
 def check_experts_int8(m: Match) -> Reject | None:
@@ -206,7 +206,8 @@ def check_experts_int8(m: Match) -> Reject | None:
 
 def _rounded(m: Match, name: str, result: str) -> torch.dtype:
     """The narrowest type in which the model has scaled sums: it makes no difference to the rounding whether the scales come before it."""
-    return min(m[f"{name}_sums"].dtype, m[result].dtype, key=bits)
+    narrowest: torch.dtype = min(m[f"{name}_sums"].dtype, m[result].dtype, key=bits)
+    return narrowest
 
 
 def rewrite_experts_int8(m: Match) -> Call:

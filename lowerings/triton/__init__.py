@@ -27,6 +27,7 @@ FAMILIES = (
     "attention",
     "moe",
     "experts",
+    "experts_int8",
 )
 
 

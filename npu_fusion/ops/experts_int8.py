@@ -9,7 +9,17 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..semantic import semantic_op
-from ._common import check_choice, check_floating, check_floating_dtype, check_index, check_rank, check_sizes, check_type, check_value, compute_dtype
+from ._common import (
+    check_choice,
+    check_floating,
+    check_floating_dtype,
+    check_index,
+    check_rank,
+    check_sizes,
+    check_type,
+    check_value,
+    compute_dtype,
+)
 from .experts import Routing
 from .glu import LAYOUTS, glu
 from .quant_core import QUANTIZE_SCHEMA, Quantization
@@ -98,8 +108,8 @@ def moe_experts_int8(
         down: int8 [E, I, N]. down_scale: [E, N].
         options: `activation`, `layout`, `alpha`, `gate_limit`, `up_limit`, `up_offset`, `round_dtype` as in `glu`; `sum_dtype`, to which
             the scaled sums are rounded for the unit (None: fp32); `hidden_dtype`, of its result (None: `sum_dtype`); `result_dtype`, to
-            which the scaled sums of `down` are rounded (None: fp32); `product_dtype`, `out_dtype` as in `moe_experts`; and those of `quantize`, which hold for both
-            products; they find a scale for each row, symmetrically.
+            which the scaled sums of `down` are rounded (None: fp32); `product_dtype`, `out_dtype` as in `moe_experts`; and those of
+            `quantize`, which hold for both products: they find a scale for each row, symmetrically.
 
     Returns:
         [T, N] in `out_dtype` (None: that of x), contiguous.

@@ -33,7 +33,7 @@ def call(**options: Any) -> Any:
     def experts(ids: Tensor, x: Tensor, weights: Tensor, *held: Tensor) -> Tensor:
         gate_up, s1, down, s2, up, s3 = (held[i] if i < len(held) else None for i in range(6))
         whole = [None if matrix is None else matrix.to(torch.int8) for matrix in (gate_up, up, down)]
-        kinds = {name: x.dtype for name in ("sum_dtype", "hidden_dtype", "result_dtype")}
+        kinds = dict.fromkeys(("sum_dtype", "hidden_dtype", "result_dtype"), x.dtype)
         given = {**kinds, "compute_dtype": torch.promote_types(x.dtype, torch.float32), **options}
         return moe_experts_int8(x, ids.long(), weights, whole[0], s1, whole[1], s3, whole[2], s2, **given) + 0
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npu_fusion import FusionReport
+from npu_fusion import FusionConfig, FusionReport
 from tests.patterns.support import fused_within_contract
 from tests.patterns.test_moe_experts import BF16, EXPERTS, FP16, FP32, HIDDEN, INNER, TOKENS, K, back, ends_of, swiglu
 
@@ -96,3 +96,58 @@ def test_every_spelling_is_one_call(experts: Experts) -> None:
     names = {getattr(node.target, "_opname", "") for node in report.graph("fused").graph.nodes}
     assert not names & {"_grouped_mm", "sort", "index", "histc", "silu", "round", "amax", "index_add", "quantize", "glu_quant"}
     assert call_of(report)["floor"] == 1e-8
+
+
+@pytest.mark.parametrize("dtype", [FP16, FP32], ids=str)
+def test_dtypes(dtype: torch.dtype) -> None:
+    assert fused_within_contract(rows_quantised, *inputs(dtype)).ops["moe_experts_int8"] == 1
+
+
+def test_the_number_of_tokens_may_be_symbolic() -> None:
+    x, _, _, *matrices = inputs()
+
+    def routed(x: Tensor, *matrices: Tensor) -> Tensor:
+        weights, ids = torch.topk(torch.softmax(x[:, :EXPERTS].float(), dim=-1), K, dim=-1)
+        return tokens_quantised(x, ids, weights.to(x.dtype), *matrices)
+
+    torch._dynamo.mark_dynamic(x, 0)
+    report = fused_within_contract(routed, x, *matrices, dynamic=None)
+    assert (report.idioms["router"], report.ops["moe_experts_int8"]) == (1, 1)
+
+
+# -------------------------------------------------------------------- look-alikes
+
+
+def layer(x: Tensor, ids: Tensor, w: Tensor, gate_up: Tensor, s1: Tensor, down: Tensor, s2: Tensor, wrong: str = "") -> Tensor:
+    """As it should be, but for what is wrong."""
+    ordered, order = torch.sort(ids.reshape(-1))
+    ends, token = ends_of(ordered), order // K
+    q, s = quantize(x)
+    rows = q[token].float().to(torch.float8_e4m3fn) if wrong == "narrow carrier" else q[token]
+    of_rows = {"other rows": s.repeat_interleave(K, 0), "rounded scale": s[token].to(BF16).float()}.get(wrong, s[token])
+    of_channels = s1[ids.reshape(-1)] if wrong == "other experts" else s1[ordered]
+    h = swiglu(product(rows, gate_up, ends).float() * of_rows * of_channels)
+    q, t = (
+        quantize(h)
+        if wrong != "other steps"
+        else (h.div(h.abs().amax(-1, True) / 63).round().clamp(-64, 63).to(torch.int8), h.amax(-1, True))
+    )
+    t = {"scale of tokens": s[token], "scale and more": t + 1}.get(wrong, t)
+    codes = down // 2 if wrong == "computed matrices" else down
+    rows = product(q, codes, ends).float() * t * s2[ordered] * w.reshape(-1)[order].unsqueeze(-1)
+    return back(rows, order).view(x.size(0), K, -1).sum(dim=1).to(x.dtype)
+
+
+WRONG = ["other rows", "rounded scale", "other experts", "other steps", "scale of tokens", "scale and more", "narrow carrier"]
+RIGHT = ["", "computed matrices"]
+
+
+def test_look_alikes_stay_as_they_are() -> None:
+    """All in one graph, which is quicker; were one of them taken, the number would be larger."""
+    report = fused_within_contract(lambda *args: tuple(layer(*args, wrong=name) for name in WRONG + RIGHT), *inputs())
+    assert report.ops["moe_experts_int8"] == len(RIGHT)
+
+
+def test_exact_rounding_is_kept() -> None:
+    report = fused_within_contract(rows_quantised, *inputs(), config=FusionConfig(rounding="exact"))
+    assert report.ops["moe_experts_int8"] == 0

@@ -74,14 +74,12 @@ def npu_moe_init_routing_v2(
 
 
 @npu_moe_init_routing_v2.fake
-def _(
-    x: Tensor, expert_idx: Tensor, *, expert_num: int = -1, quant_mode: int = -1, **given: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, expert_idx: Tensor, *, expert_num: int = -1, quant_mode: int = -1, **given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_init(x, expert_idx, expert_num, given | {"quant_mode": quant_mode}, {})
     rows = expert_idx.shape[0] * expert_idx.shape[1]
     tokens = x.new_empty((expert_num,), dtype=torch.int64)
-    dtype = torch.int8 if quant_mode == _DYNAMIC else x.dtype
-    return x.new_empty((rows, x.shape[1]), dtype=dtype), x.new_empty((rows,), dtype=torch.int32), tokens, x.new_empty((rows,), dtype=torch.float32)
+    y = x.new_empty((rows, x.shape[1]), dtype=torch.int8 if quant_mode == _DYNAMIC else x.dtype)
+    return y, x.new_empty((rows,), dtype=torch.int32), tokens, x.new_empty((rows,), dtype=torch.float32)
 
 
 def _check_grouped(
