@@ -11,13 +11,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from .groups import group_lanes, group_tile, group_tiles, tile_of_group
 from .launch import Device, Launch, cube_grid, power_of_2, product_columns
-
-
-@triton.jit
-def _pick(values, lane, at):
-    """The element `at` of a vector in registers."""
-    return tl.sum(tl.where(lane == at, values, 0), axis=0)
 
 
 @triton.jit
@@ -45,18 +40,11 @@ def grouped_int8_kernel(
     `group_stride` from one matrix to the next. Tiles go by columns first, so that neighbours share weights where a group has many rows.
     """
     columns: tl.constexpr = (OUTPUTS + BLOCK - 1) // BLOCK
-    lane = tl.arange(0, LANES)
-    counts = tl.load(counts_ptr + lane, mask=lane < GROUPS, other=0)
-    upto = tl.cumsum(counts, axis=0)
-    tiles = (counts + ROWS - 1) // ROWS
-    tiles_upto = tl.cumsum(tiles, axis=0)
-    tiles_down = tl.sum(tiles, axis=0)
+    lane, counts, upto, tiles_upto = group_tiles(counts_ptr, GROUPS, LANES, ROWS)
+    tiles_down = tl.max(tiles_upto, axis=0)
     for tile in range(tl.program_id(0), tiles_down * columns, tl.num_programs(0)):
-        down = tile % tiles_down
         column = tile // tiles_down * BLOCK
-        group = tl.sum((tiles_upto <= down).to(tl.int32), axis=0)
-        row = _pick(upto - counts, lane, group) + (down - _pick(tiles_upto - tiles, lane, group)) * ROWS
-        end = _pick(upto, lane, group)
+        group, row, end = tile_of_group(tile % tiles_down, lane, counts, upto, tiles_upto, ROWS)
         m = row + tl.arange(0, ROWS)
         n = column + tl.arange(0, BLOCK)
         k = tl.arange(0, DEPTH)
@@ -90,8 +78,7 @@ def grouped_int8_launch(rows: int, groups: int, inputs: int, outputs: int, devic
     Args:
         along_inputs: whether the matrices lie [outputs, inputs].
     """
-    tile_rows = min(max(power_of_2(-(-rows // groups)), 16), 128)
-    tiles_down = min(-(-rows // tile_rows) + groups, rows)
+    tile_rows, tiles_down = group_tile(rows, groups)
     options: dict[str, Any] = {}
     if device.kind == "npu":
         block, depth = min(128, max(32, power_of_2(outputs))), 256
@@ -100,6 +87,6 @@ def grouped_int8_launch(rows: int, groups: int, inputs: int, outputs: int, devic
         depth = 256 if tile_rows < 64 else 128
         options = {"num_warps": max(tile_rows // 16, 4), "num_stages": 4 if tile_rows < 64 else 3}
     depth = min(depth, max(32, power_of_2(inputs)))
-    layer = {"GROUPS": groups, "LANES": max(power_of_2(groups), 16), "INPUTS": inputs, "OUTPUTS": outputs, "ALONG_INPUTS": along_inputs}
+    layer = {"GROUPS": groups, "LANES": group_lanes(groups), "INPUTS": inputs, "OUTPUTS": outputs, "ALONG_INPUTS": along_inputs}
     grid = cube_grid(tiles_down * -(-outputs // block), device)
     return Launch(grouped_int8_kernel, grid, {**layer, "ROWS": tile_rows, "BLOCK": block, "DEPTH": depth}, options)
