@@ -28,6 +28,7 @@ FAMILIES = (
     "moe",
     "experts",
     "experts_int8",
+    "experts_weight_only",
 )
 
 
