@@ -75,3 +75,28 @@ def test_every_spelling_is_one_call(unpack: Unpack, experts: Experts, dtype: tor
     assert (report.idioms["experts"], report.idioms["glu"], report.idioms["dequantize"]) == (1, 1, 1)
     assert call_of(report)["packs_inputs"] is (unpack is gptq)
     assert list(call_of(report)["shifts"]) == (STRAIGHT if unpack is gptq else AWQ)
+
+
+# -------------------------------------------------------------------- look-alikes
+
+
+def other_order(packed: Tensor, zeros: Tensor, scale: Tensor) -> Tensor:
+    """Two nibbles of a word are the same."""
+    codes = ((packed[..., None] >> torch.tensor([0, 0, *AWQ[2:]])) & 15).flatten(-2)
+    return codes * scale.repeat_interleave(GROUP, 1)
+
+
+def other_experts(packed: Tensor, zeros: Tensor, scale: Tensor) -> Tensor:
+    """The scales are those of the expert before."""
+    return awq(packed, zeros, scale.roll(1, 0)) + 0 * scale.sum()
+
+
+def scales_of_inputs(packed: Tensor, zeros: Tensor, scale: Tensor) -> Tensor:
+    codes = ((packed[..., None] >> torch.tensor(AWQ)) & 15).flatten(-2)
+    return codes * scale[:, 0].mean(-1)[:, None, None] * torch.arange(1, codes.shape[1] + 1)[:, None].to(scale.dtype) / codes.shape[1]
+
+
+@pytest.mark.parametrize("unpack", [other_order, other_experts, scales_of_inputs])
+def test_look_alikes_keep_their_matrices(unpack: Unpack) -> None:
+    report = fused_within_contract(layer(unpack), *inputs())
+    assert (report.ops["moe_experts"], report.ops["moe_experts_weight_only"]) == (1, 0)
