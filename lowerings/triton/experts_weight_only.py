@@ -178,8 +178,8 @@ def few_tokens(b: Builder, a: Arguments, cores: int) -> Node:
     hidden = _unit(b, a, gate, None if a.up is None else product(a.x, "up"), cores)
     results = product(hidden, "down")
     device = b.val(a.x).device
-    places = b.constant(("rows", tokens, k, device), lambda: torch.arange(tokens * k, device=device).view(tokens, k))  # type: ignore[operator]
-    rows = b.reshape(results, [tokens * k, b.val(results).shape[-1]])  # type: ignore[operator]
+    places = b.constant(("rows", tokens, k, device), lambda: torch.arange(tokens * k, device=device).view(tokens, k))
+    rows = b.reshape(results, [tokens * k, b.val(results).shape[-1]])
     return b.emit(moe_unpermute.overload, rows, places, a.weights, out_dtype=a.out_dtype or b.val(a.x).dtype, cores=cores)
 
 

@@ -55,7 +55,8 @@ def _matrix(
     flat = [tensor if tensor is None else tensor.flatten(0, 1) for tensor in (weight, scale, zero)]
     assert flat[0] is not None
     assert flat[1] is not None
-    return dequantised(flat[0], flat[1], flat[2], dtype, **layout).unflatten(0, (experts, outputs)).transpose(1, 2)
+    stack: Tensor = dequantised(flat[0], flat[1], flat[2], dtype, **layout).unflatten(0, (experts, outputs)).transpose(1, 2)
+    return stack
 
 
 def _experts(

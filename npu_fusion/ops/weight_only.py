@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,8 @@ def dequantised(
         grouped = grouped - offset
     if zero is not None:
         grouped = grouped - zero.to(wide)[..., None]
-    return (grouped * scale.to(wide)[..., None]).flatten(1).to(dtype)
+    matrix: Tensor = (grouped * scale.to(wide)[..., None]).flatten(1).to(dtype)
+    return matrix
 
 
 @semantic_op(
@@ -146,7 +148,7 @@ def weight_only_linear(
         https://arxiv.org/abs/2210.17323.
     """
     _check(x, weight, scale, zero, bias, shifts, packs_inputs, plane)
-    layout = {"shifts": shifts, "packs_inputs": packs_inputs, "plane": plane, "signed": signed, "offset": offset}
+    layout: dict[str, Any] = {"shifts": shifts, "packs_inputs": packs_inputs, "plane": plane, "signed": signed, "offset": offset}
     return torch.nn.functional.linear(x, dequantised(weight, scale, zero, x.dtype, **layout), bias).contiguous()
 
 

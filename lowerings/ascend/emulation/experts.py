@@ -88,13 +88,36 @@ def _check_grouped(
     op = "npu_grouped_matmul"
     check(op, len(x) == len(weight) == 1, f"the CPU kernel supports one x and one weight, not {len(x)} and {len(weight)}")
     check_dtype(op, "x", x[0], *_NARROW, torch.int8)
-    check_same_dtype(op, x=x[0], weight=weight[0])
+    if weight[0].dtype != torch.int32:
+        check_same_dtype(op, x=x[0], weight=weight[0])
     check(op, x[0].dim() == 2 and weight[0].dim() == 3, "x must have 2 dimensions and weight 3")
     check(op, modes == (2, 0, 1), f"split_item, group_type, group_list_type must be 2, 0, 1, not {modes}")
     check(op, group_list is not None, "group_list is missing")
     if bias is not None:
         check_dtype(op, "bias", bias[0], {torch.bfloat16: torch.float32, torch.float16: torch.float16}.get(x[0].dtype, torch.int32))
         check(op, bias[0].dim() == 2, "bias must have 2 dimensions")
+
+
+def _dequantised(
+    x: Tensor, words: Tensor, scale: Sequence[Tensor] | None, offset: Sequence[Tensor] | None, *, fake: bool = False
+) -> Tensor:
+    """The matrices [G, K, N] of words of eight two's complement nibbles of outputs: (code + offset) * scale in the dtype of x."""
+    op = "npu_grouped_matmul"
+    if scale is None or offset is None:
+        check(op, False, "the CPU kernel needs antiquant_scale and antiquant_offset of a packed weight")
+        raise AssertionError
+    check_same_dtype(op, x=x, antiquant_scale=scale[0], antiquant_offset=offset[0])
+    check(op, scale[0].shape == offset[0].shape, "antiquant_scale and antiquant_offset must have one shape")
+    groups, inputs, outputs = words.shape[0], words.shape[1], words.shape[2] * 8
+    if fake:
+        return x.new_empty((groups, inputs, outputs))
+    check(op, scale[0].dim() == 2 or not offset[0].any(), "offsets go by channel alone")
+    of_groups = [
+        tensor[0].reshape(groups, -1, outputs).repeat_interleave(inputs // (tensor[0].numel() // groups // outputs), 1)
+        for tensor in (scale, offset)
+    ]
+    codes = (((words.unsqueeze(-1) >> torch.arange(0, 32, 4, device=words.device)) & 15 ^ 8) - 8).flatten(-2)
+    return (codes.to(x.dtype) + of_groups[1]) * of_groups[0]
 
 
 def _check_scales(
@@ -153,6 +176,8 @@ def npu_grouped_matmul(
     """
     op = "npu_grouped_matmul"
     _check_grouped(x, weight, bias, group_list, (split_item, group_type, group_list_type))
+    if weight[0].dtype == torch.int32:
+        weight, antiquant_scale, antiquant_offset = [_dequantised(x[0], weight[0], antiquant_scale, antiquant_offset)], None, None
     out = _check_scales(x[0], weight[0], scale, per_token_scale, output_dtype)
     check(op, act_type == 0, "the CPU kernel supports no activation")
     refuse(op, offset=offset, antiquant_scale=antiquant_scale, antiquant_offset=antiquant_offset)
@@ -181,6 +206,8 @@ def _(
     *,
     bias: Sequence[Tensor] | None = None,
     scale: Sequence[Tensor] | None = None,
+    antiquant_scale: Sequence[Tensor] | None = None,
+    antiquant_offset: Sequence[Tensor] | None = None,
     per_token_scale: Sequence[Tensor] | None = None,
     group_list: Tensor | None = None,
     split_item: int | None = 0,
@@ -190,6 +217,8 @@ def _(
     **others: Any,
 ) -> list[Tensor]:
     _check_grouped(x, weight, bias, group_list, (split_item, group_type, group_list_type))
+    if weight[0].dtype == torch.int32:
+        weight = [_dequantised(x[0], weight[0], antiquant_scale, antiquant_offset, fake=True)]
     out = _check_scales(x[0], weight[0], scale, per_token_scale, output_dtype)
     return [x[0].new_empty((x[0].shape[0], weight[0].shape[2]), dtype=out)]
 

@@ -24,6 +24,7 @@ def cases() -> Iterator[Case]:
         yield case("npu::npu_grouped_matmul", _grouped, dtype, rows=96, inner=256, width=512, experts=4, bias=False, packed="rows")
         yield case("npu::npu_grouped_matmul", _grouped, dtype, rows=96, inner=256, width=512, experts=4, bias=True, packed="columns")
         yield case("npu::npu_moe_init_routing_v2", _init, dtype, tokens=32, width=512, experts=16, k=4, quant_mode=1)
+        yield case("npu::npu_grouped_matmul", _grouped_int4, dtype, rows=96, inner=256, width=512, experts=4, groups=2)
         for packed in ("rows", "columns"):
             yield case("npu::npu_grouped_matmul", _grouped_int8, dtype, rows=96, inner=256, width=512, experts=4, packed=packed)
     yield case("npu::npu_grouped_matmul", _grouped_int8, torch.int32, rows=96, inner=256, width=512, experts=4, packed="columns")
@@ -90,6 +91,15 @@ def _grouped_int8(inputs: Inputs, dtype: torch.dtype, rows: int, inner: int, wid
         }
     groups = {"group_list": _counts(rows), "group_list_type": 1, "group_type": 0, "split_item": 2, "output_dtype": _NUMBERS[dtype]}
     return {"x": [_codes(inputs, (rows, inner))], "weight": [weight if packed == "rows" else weight.mT], **given, **groups}
+
+
+def _grouped_int4(inputs: Inputs, dtype: torch.dtype, rows: int, inner: int, width: int, experts: int, groups: int) -> Arguments:
+    """Words of eight outputs, with scales of groups of inputs."""
+    words = (inputs.integers((experts, inner, width // 8), 2**32) - 2**31).to(torch.int32)
+    scale = (_scales(inputs, (experts, groups, width), 0.02)).to(dtype)
+    given = {"antiquant_scale": [scale], "antiquant_offset": [torch.zeros_like(scale)]}
+    mode = {"group_list": _counts(rows), "group_list_type": 1, "group_type": 0, "split_item": 2}
+    return {"x": [inputs.normal((rows, inner), dtype)], "weight": [words], **given, **mode}
 
 
 def _dequant_swiglu(inputs: Inputs, dtype: torch.dtype, rows: int, width: int, experts: int) -> Arguments:
