@@ -29,14 +29,14 @@ from npu_fusion.view.shapes import known_equal, same_shape
 from .experts import at, check_routing, grouped, ordered, routing_arguments, taken, unit_arguments, weighted_sum
 
 _KEEPING = ("reshape", "expand", "cast")
-_CARRIERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CARRIERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # -------------------------------------------------------------------- pattern
 
 
 def carried(whole: Pattern) -> Pattern:
     """Whole numbers of a byte, in whatever types that hold them all."""
-    return opt_cast(whole, lambda value: value.dtype in _CARRIERS)
+    return opt_cast(whole, lambda value: value.dtype in CARRIERS)
 
 
 def floating(number: Pattern) -> Pattern:
@@ -75,7 +75,7 @@ def _bare(value: Value) -> Value | None:
     return value
 
 
-def _found(form: Form) -> Value | None:
+def found_scale(form: Form) -> Value | None:
     """The scale that quantising found."""
     scale = form.match.call.outputs[1]
     return None if scale is None else _bare(scale)
@@ -92,8 +92,8 @@ def _is_of_tokens(m: Match, value: Value, form: Form) -> bool:
         spread = source.args[0] if source.op == "reshape" else source
         whole = spread.op == "expand" and same_shape(spread.shape[:2], m["repeated"].shape[:2])
         inner = spread.args[0] if whole else source
-        return whole and place is m.get("order") and known_equal(inner.shape[0], tokens) and _bare(inner) is _found(form)
-    return place is m.get("token") and known_equal(source.shape[0], tokens) and _bare(source) is _found(form)
+        return whole and place is m.get("order") and known_equal(inner.shape[0], tokens) and _bare(inner) is found_scale(form)
+    return place is m.get("token") and known_equal(source.shape[0], tokens) and _bare(source) is found_scale(form)
 
 
 def _check_rows(m: Match, name: str) -> Reject | None:
@@ -102,9 +102,9 @@ def _check_rows(m: Match, name: str) -> Reject | None:
     if not known_equal(scale.shape[0], sums.shape[0]) or not bits(scale.dtype):
         return Reject("the scale is not one for each row", scale, 2)
     if name == "down":
-        own = _bare(scale) is _found(m.form("quantised_hidden"))
+        own = _bare(scale) is found_scale(m.form("quantised_hidden"))
     elif "quantised_rows" in m:
-        own = _bare(scale) is _found(m.form("quantised_rows"))
+        own = _bare(scale) is found_scale(m.form("quantised_rows"))
     else:
         own = _is_of_tokens(m, scale, m.form("quantised_tokens"))
     return None if own else Reject("the scale of the rows is not that by which they were quantised", scale, 2)
@@ -134,7 +134,7 @@ def _codes(canon: Canon, matrices: Value) -> Value | None:
     """The int8 matrices behind casts, in the order in which the product reads them; None for others."""
     if matrices.op == "cast":
         inner = matrices.args[0]
-        return inner if inner.dtype is torch.int8 and matrices.dtype in _CARRIERS else None
+        return inner if inner.dtype is torch.int8 and matrices.dtype in CARRIERS else None
     if matrices.op not in ("permute", "slice", "reshape"):
         return None
     inner_codes = _codes(canon, matrices.args[0])
@@ -155,20 +155,20 @@ def _tokens_form(m: Match) -> Form:
     return m.form("quantised_rows" if "quantised_rows" in m else "quantised_tokens")
 
 
-def _how(form: Form) -> dict[str, Any]:
+def how_quantised(form: Form) -> dict[str, Any]:
     """How rows are quantised, whatever type then carries the whole numbers."""
     return {name: form.args[name] for name in QUANTIZATION_NAMES if name in form.args and name != "dtype"}
 
 
-def _check_quantising(m: Match) -> Reject | None:
-    first_, second_ = _how(_tokens_form(m)), _how(m.form("quantised_hidden"))
-    site = m["quantised_hidden"]
-    if first_ != second_:
+def plain_quantising(first_form: Form, second_form: Form, site: Value) -> Reject | None:
+    """Both products quantise their rows in one way, symmetrically, by a scale of their own."""
+    how = how_quantised(first_form)
+    if how != how_quantised(second_form):
         return Reject("the two products quantise their rows differently", site, 3)
-    given = first_.get("scale") is not None or first_.get("smooth") is not None
-    if given or first_.get("per_tensor") or not first_.get("symmetric", True):
+    given = how.get("scale") is not None or how.get("smooth") is not None
+    if given or how.get("per_tensor") or not how.get("symmetric", True):
         return Reject("the rows are not quantised symmetrically by a scale of their own", site, 3)
-    if first_.get("low", -128.0) < -128 or first_.get("high", 127.0) > 127:
+    if how.get("low", -128.0) < -128 or how.get("high", 127.0) > 127:
         return Reject("the whole numbers do not fit into int8", site, 3)
     return None
 
@@ -190,7 +190,9 @@ def check_experts_int8(m: Match) -> Reject | None:
     """Routed experts, every scale of which is of its own rows, or of the channels of its own expert."""
     if m.exact:
         return Reject("rounding='exact': the model rounds sums and scales step by step", m["results"])
-    if (wrong := check_routing(m, m["source"]) or _check_quantising(m)) is not None:
+    if (wrong := check_routing(m, m["source"])) is not None:
+        return wrong
+    if (wrong := plain_quantising(_tokens_form(m), m.form("quantised_hidden"), m["quantised_hidden"])) is not None:
         return wrong
     if not same_shape(_tokens_form(m).args["x"].shape[-1:], m["source"].shape[-1:]):
         return Reject("the rows are not quantised whole", m["source"], 2)
@@ -212,7 +214,7 @@ def _rounded(m: Match, name: str, result: str) -> torch.dtype:
 
 def rewrite_experts_int8(m: Match) -> Call:
     x, canon = _x(m), m.view.canon
-    args = {**routing_arguments(m, x), **unit_arguments(m), **_how(_tokens_form(m))}
+    args = {**routing_arguments(m, x), **unit_arguments(m), **how_quantised(_tokens_form(m))}
     args |= {name: _codes(canon, m[name]) for name in _names(m)} | {f"{name}_scale": _channels(m, name) for name in _names(m)}
     args |= {"sum_dtype": _rounded(m, "gate_up", "first"), "result_dtype": _rounded(m, "down", "results"), "hidden_dtype": m["unit"].dtype}
     none = {} if "up" in m else {"up": None, "up_scale": None}

@@ -80,7 +80,19 @@ def repeated(x: Tensor, ids: Tensor, w: Tensor, gate_up: Tensor, s1: Tensor, dow
     return torch.zeros_like(x).index_add(0, order // K, rows * w.reshape(-1)[order].unsqueeze(-1))
 
 
-SPELLINGS: list[Experts] = [rows_quantised, tokens_quantised, repeated]
+def gathered(x: Tensor, ids: Tensor, w: Tensor, gate_up: Tensor, s1: Tensor, down: Tensor, s2: Tensor, wrong: str = "") -> Tensor:
+    """Matrices are gathered by id; products in floating point."""
+    flat = ids.reshape(-1)
+    q, s = quantize(x.repeat_interleave(K, dim=0))
+    sums = torch.bmm(gate_up[flat].float(), q.unsqueeze(-1).float()).squeeze(-1)
+    q, t = quantize(swiglu(sums * s * s1[flat]))
+    t = s if wrong == "other scale" else t
+    chosen = s2[flat.roll(1)] if wrong == "other experts" else s2[flat]
+    rows = torch.bmm(down[flat].to(torch.int32), q.unsqueeze(-1).to(torch.int32)).squeeze(-1) * t * chosen * w.reshape(-1, 1)
+    return rows.view(x.size(0), K, -1).sum(dim=1).to(x.dtype)
+
+
+SPELLINGS: list[Experts] = [rows_quantised, tokens_quantised, repeated, gathered]
 
 
 def call_of(report: FusionReport) -> dict[str, Any]:
@@ -94,7 +106,7 @@ def test_every_spelling_is_one_call(experts: Experts) -> None:
     assert report.ops["moe_experts_int8"] == 1, [site.reason for site in report.missed]
     assert (report.idioms["experts"], report.idioms["glu"], report.idioms["quantize"]) == (1, 1, 2)
     names = {getattr(node.target, "_opname", "") for node in report.graph("fused").graph.nodes}
-    assert not names & {"_grouped_mm", "sort", "index", "histc", "silu", "round", "amax", "index_add", "quantize", "glu_quant"}
+    assert not names & {"_grouped_mm", "bmm", "sort", "index", "histc", "silu", "round", "amax", "index_add", "quantize", "glu_quant"}
     assert call_of(report)["floor"] == 1e-8
 
 
@@ -146,6 +158,11 @@ def test_look_alikes_stay_as_they_are() -> None:
     """All in one graph, which is quicker; were one of them taken, the number would be larger."""
     report = fused_within_contract(lambda *args: tuple(layer(*args, wrong=name) for name in WRONG + RIGHT), *inputs())
     assert report.ops["moe_experts_int8"] == len(RIGHT)
+
+
+@pytest.mark.parametrize("wrong", ["other scale", "other experts"])
+def test_gathered_look_alikes_stay_as_they_are(wrong: str) -> None:
+    assert fused_within_contract(lambda *args: gathered(*args, wrong=wrong), *inputs()).ops["moe_experts_int8"] == 0
 
 
 def test_exact_rounding_is_kept() -> None:
