@@ -43,7 +43,7 @@ def _nibble_in_place(words, i: tl.constexpr):
 
 
 @triton.jit
-def _load_columns(ptr, at, width, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def load_columns(ptr, at, width, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Elements of rows [.., WIDTH], as fp32; `width` are their columns, which end inside the tile unless BLOCK divides WIDTH."""
     if WIDTH % BLOCK == 0:
         values = tl.load(ptr + at)
@@ -138,10 +138,10 @@ def _step_sums(
     else:  # beyond the last word x is 0, and the scale whatever it is
         scale_at = tl.minimum(row + r, INPUTS // 8 - 1) * 8 // GROUP * OUTPUTS + n
     if zeros_ptr is not None:
-        part -= x_sum * (_load_columns(zeros_ptr, scale_at, n, OUTPUTS, BLOCK) - (8.0 if BITS else 0.0))
+        part -= x_sum * (load_columns(zeros_ptr, scale_at, n, OUTPUTS, BLOCK) - (8.0 if BITS else 0.0))
     elif not BITS:
         part -= x_sum * 8.0
-    return part * _load_columns(scales_ptr, scale_at, n, OUTPUTS, BLOCK)
+    return part * load_columns(scales_ptr, scale_at, n, OUTPUTS, BLOCK)
 
 
 @triton.jit
@@ -292,7 +292,7 @@ def w4a16_gemv_kernel(
                 LOP3,
             )
             if bias_ptr is not None:
-                y += _load_columns(bias_ptr + of * OUTPUTS, n, n, OUTPUTS, BLOCK)
+                y += load_columns(bias_ptr + of * OUTPUTS, n, n, OUTPUTS, BLOCK)
         m = tl.arange(0, TOKENS)[:, None]
         at = y_ptr + row.to(tl.int64) * OUTPUTS + m * OUTPUTS + n
         y = y.to(y_ptr.dtype.element_ty)
@@ -319,7 +319,7 @@ def _joined(a0, a1, a2, a3, a4, a5, a6, a7):
 
 
 @triton.jit
-def _places(PLACES: tl.constexpr):
+def nibble_places(PLACES: tl.constexpr):
     """The bits of nibbles 0 to PLACES - 1 (at most 4), and 16^-i: [PLACES, 1, 1]. A vector of shifts in their stead is a loop on an NPU."""
     place = tl.arange(0, PLACES)[:, None, None]
     mask = tl.full((PLACES, 1, 1), 15, dtype=tl.int32)
@@ -367,7 +367,7 @@ def w4a16_gemm_kernel(
         k = tl.arange(0, PLACES * PLANE)
         at_x = x_ptr + row.to(tl.int64) * x_stride + (m[:, None] * x_stride + k[None, :])
         known = (row + m < rows)[:, None]
-        mask, inverse = _places(PLACES)
+        mask, inverse = nibble_places(PLACES)
         sums = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
         for block in range(INPUTS // (8 * PLANE)):
             at = block * (PLANE * OUTPUTS) + (j[:, None] * OUTPUTS + n[None, :])
@@ -376,17 +376,17 @@ def w4a16_gemm_kernel(
             else:
                 words = tl.load(words_ptr + at, mask=n[None, :] < OUTPUTS, other=0)
             scale_at = block * (8 * PLANE) // GROUP * OUTPUTS + n
-            scale = _load_columns(scales_ptr, scale_at, n, OUTPUTS, BLOCK)[None, None, :]
+            scale = load_columns(scales_ptr, scale_at, n, OUTPUTS, BLOCK)[None, None, :]
             zero = tl.full((1, 1, 1), 8.0, dtype=tl.float32)
             if zeros_ptr is not None:
-                zero = _load_columns(zeros_ptr, scale_at, n, OUTPUTS, BLOCK)[None, None, :]
+                zero = load_columns(zeros_ptr, scale_at, n, OUTPUTS, BLOCK)[None, None, :]
             for part in tl.static_range(8 // PLACES):
                 x = tl.load(at_x + block * (8 * PLANE) + part * (PLACES * PLANE), mask=known, other=0.0)
                 q = ((words >> (4 * PLACES * part))[None, :, :] & mask).to(tl.float32) * inverse
                 w = tl.reshape((q - zero) * scale, (PLACES * PLANE, BLOCK))
                 sums = tl.dot(x, w.to(x.dtype), sums)
         if bias_ptr is not None:
-            sums += _load_columns(bias_ptr, n, n, OUTPUTS, BLOCK)[None, :]
+            sums += load_columns(bias_ptr, n, n, OUTPUTS, BLOCK)[None, :]
         at = y_ptr + row.to(tl.int64) * OUTPUTS + (m[:, None] * OUTPUTS + n[None, :])
         tl.store(at, sums.to(y_ptr.dtype.element_ty), mask=known & (n < OUTPUTS)[None, :])
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
 from ..layout import row_major
-from ..lower import Arguments, Builder
+from ..lower import Builder
 
 aten = torch.ops.aten
 
@@ -17,18 +19,18 @@ SIGN_BITS = 0x88888888 - 2**32
 
 
 def transposed(b: Builder, node: Node) -> Node:
-    """A matrix transposed; of one that is the transpose of another in the graph, that one."""
-    if node.target is aten.permute.default and list(node.args[1]) == [1, 0]:  # type: ignore[arg-type]
+    """A matrix, or every one of a stack, transposed; of one that is the transpose of another in the graph, that one."""
+    if node.target is aten.permute.default and list(node.args[1]) in ([1, 0], [0, 2, 1]):  # type: ignore[arg-type]
         source = node.args[0]
         assert isinstance(source, Node)
         return source
-    return b.transpose(node, 0, 1)
+    return b.transpose(node, -2, -1)
 
 
-def in_words(b: Builder, a: Arguments) -> tuple[Node, tuple[int, ...]]:
+def in_words(b: Builder, a: Any) -> tuple[Node, tuple[int, ...]]:
     """The packed weight as int32 words along the packed dimension, and which element of its eight each nibble of a word holds.
 
-    Bytes of pairs become words where they lie in one row each.
+    Read are `a.weight`, `a.shifts`, `a.plane` and `a.packs_inputs`. Bytes of pairs become words where they lie in one row each.
 
     Raises:
         Refused: the layout has planes, or bytes of columns.
@@ -37,7 +39,7 @@ def in_words(b: Builder, a: Arguments) -> tuple[Node, tuple[int, ...]]:
     b.require(a.plane == 1, f"of {a.plane} words in a row each holds numbers that lie as far apart")
     if len(shifts) < PER_WORD:
         b.require(a.packs_inputs and row_major(b.val(weight)), "bytes of two numbers of one input do not make up words")
-        columns = b.val(weight).shape[1]
+        columns = b.val(weight).shape[-1]
         b.require(isinstance(columns, int) and columns % 4 == 0, f"rows of {columns} bytes are no whole words")
         if b.val(weight).dtype != torch.int32:
             weight = b.emit(aten.view.dtype, weight, torch.int32)
@@ -49,8 +51,11 @@ def with_other_sign(b: Builder, words: Node) -> Node:
     return b.emit(aten.bitwise_xor.Scalar, words, SIGN_BITS)
 
 
-def zero_point(b: Builder, a: Arguments, dtype: torch.dtype, base: int) -> Node | int:
-    """All that is subtracted from codes whose nibble 0 stands for `base`: a number, or [N, G] in a type that holds it."""
+def zero_point(b: Builder, a: Any, dtype: torch.dtype, base: int) -> Node | int:
+    """All that is subtracted from codes whose nibble 0 stands for `base`: a number, or [N, G] in a type that holds it.
+
+    Read are `a.zero` and `a.offset`.
+    """
     constant: int = a.offset + base
     if a.zero is None:
         return constant

@@ -7,6 +7,9 @@ from . import (
     attention,  # noqa: F401
     experts,  # noqa: F401
     experts_gathered,  # noqa: F401
+    experts_int8,  # noqa: F401
+    experts_int8_gathered,  # noqa: F401
+    experts_weight_only,  # noqa: F401
     glu,  # noqa: F401
     int4_linear,  # noqa: F401
     matmul,  # noqa: F401

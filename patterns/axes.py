@@ -7,6 +7,7 @@ broadcast to is a name that agrees with every other one of its size.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from npu_fusion.view import Value
@@ -75,8 +76,13 @@ class AxisNames:
             axis if known_equal(old, new) else (self._broadcast(new),) for axis, old, new in zip(padded, sizes, after, strict=True)
         )
 
+    @property
+    def broadcast(self) -> dict[str, Dim]:
+        """The names that were given to what dimensions were broadcast to, and their sizes."""
+        return {name: size for name, size in self._sizes.items() if name.startswith(_BROADCAST)}
+
     def _broadcast(self, size: Dim) -> str:
-        name = f"{_BROADCAST}{len(self._sizes)}"
+        name = next(name for place in itertools.count() if (name := f"{_BROADCAST}{place}") not in self._sizes)
         self._sizes[name] = size
         return name
 

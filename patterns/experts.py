@@ -13,6 +13,7 @@ Sources: transformers' integrations/moe.py; torchtitan's models/moe.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from npu_fusion.match import Match
@@ -76,13 +77,18 @@ inverse = any_of(
     ),
     op("getitem", torch_op("sort", order, dim=ONLY_DIM, descending=False, tensors="self"), index=1),
 )
-chosen = opt_cast(
-    any_of(
-        at(var("x"), token),
-        torch_op("gather", var("x"), spread_token, dim=0, overload="default", tensors="self index"),
-        at(reshape(expand(reshape(var("x"))).as_("repeated")), order),
+
+
+def taken(source: Pattern, stored: Callable[[Pattern], Pattern] = lambda rows: rows) -> Pattern:
+    """The rows of the tokens, each as often as it has experts, in the order of these; `stored` is applied to rows that are repeated."""
+    return any_of(
+        at(source, token),
+        torch_op("gather", source, spread_token, dim=0, overload="default", tensors="self index"),
+        at(stored(reshape(expand(reshape(source)).as_("repeated"))), order),
     )
-).as_("chosen")
+
+
+chosen = opt_cast(taken(var("x"))).as_("chosen")
 
 
 # -------------------------------------------------------------------- products
@@ -113,27 +119,43 @@ results = biased(hidden, "down").as_("results")
 
 # -------------------------------------------------------------------- the weighted sum
 
-weights_in_order = opt_cast(reshape(opt_cast(at(opt_cast(var("weights")), order)))).as_("factor")
-weights_by_token = opt_cast(reshape(var("weights"))).as_("factor")
-weighted = opt_cast((opt_cast(results) * weights_in_order).as_("products"))
-by_token = any_of(
-    reshape(at(weighted, inverse)),
-    opt_cast((opt_cast(reshape(at(opt_cast(results), inverse))) * weights_by_token).as_("products")),
-).as_("by_token")
-zeros = op_any_args("full", value=AttrIs("0", lambda value, _: value == 0))
-summed = any_of(
-    sum_(opt_cast(by_token), dims=(1,)).as_("sum"),
-    torch_op("scatter_add", zeros, spread_token, weighted, dim=0, overload="default", tensors="self index src").as_("added"),
-    torch_op("index_add", zeros, token, weighted, dim=0, alpha=1, tensors="self index source").as_("added"),
-)
+
+def weighted_sum(results: Pattern) -> Pattern:
+    """The sum of each token's results, times their weights."""
+    weights_in_order = opt_cast(reshape(opt_cast(at(opt_cast(var("weights")), order)))).as_("factor")
+    weights_by_token = opt_cast(reshape(var("weights"))).as_("factor")
+    weighted = opt_cast((opt_cast(results) * weights_in_order).as_("products"))
+    by_token = any_of(
+        reshape(at(weighted, inverse)),
+        opt_cast((opt_cast(reshape(at(opt_cast(results), inverse))) * weights_by_token).as_("products")),
+    ).as_("by_token")
+    zeros = op_any_args("full", value=AttrIs("0", lambda value, _: value == 0))
+    summed = any_of(
+        sum_(opt_cast(by_token), dims=(1,)).as_("sum"),
+        torch_op("scatter_add", zeros, spread_token, weighted, dim=0, overload="default", tensors="self index src").as_("added"),
+        torch_op("index_add", zeros, token, weighted, dim=0, alpha=1, tensors="self index source").as_("added"),
+    )
+    return opt_cast(any_of(reshape(opt_cast(summed)), summed))
 
 
 # -------------------------------------------------------------------- what routed experts are
 
 
 def check_experts(m: Match) -> Reject | None:
-    """Every row goes through the expert that it was sorted by, with its own weight, back to its own token."""
-    k, x, site = _chosen_each(m), m["x"], m["results"]
+    """Routed experts in one dtype."""
+    if (wrong := check_routing(m, m["x"])) is not None:
+        return wrong
+    site, dtypes = m["results"], {m[name].dtype for name in ("x", "chosen", "gate_up", "down", "first", "results")}
+    if len(dtypes) > 1:
+        return Reject(f"the products are of several dtypes: {', '.join(sorted(map(str, dtypes)))}", site, 3)
+    if m.exact and "added" in m and bits(m["added"].dtype) < 32 and chosen_each(m) > 2:
+        return Reject(f"rounding='exact': the model adds up in {m['added'].dtype}, the fused op in fp32", m["added"], 4)
+    return None
+
+
+def check_routing(m: Match, x: Value) -> Reject | None:
+    """Every row of x goes through the expert that it was sorted by, with its own weight, back to its own token."""
+    k, site = chosen_each(m), m["results"]
     rows = m["ids"].shape[0]
     if not isinstance(k, int) or k < 1:
         return Reject("how many experts a token has is not known", site)
@@ -148,26 +170,18 @@ def check_experts(m: Match) -> Reject | None:
         return Reject("the rows are not taken whole", m["spread"], 2)
     if "spread" in m and not (known_equal(m["spread"].shape[-1], x.shape[1]) and known_equal(x.shape[1], m["down"].shape[2])):
         return Reject("the rows are not taken whole", m["spread"], 2)
-    if (wrong := _check_sum(m, k)) is not None:
-        return wrong
-    dtypes = {m[name].dtype for name in ("chosen", "gate_up", "down", "first", "results")} | {x.dtype}
-    if len(dtypes) > 1:
-        return Reject(f"the products are of several dtypes: {', '.join(sorted(map(str, dtypes)))}", site, 3)
-    if m.exact and "added" in m and bits(m["added"].dtype) < 32 and k > 2:
-        return Reject(f"rounding='exact': the model adds up in {m['added'].dtype}, the fused op in fp32", m["added"], 4)
-    return None
+    return _check_sum(m, x.shape[0], k)
 
 
-def _chosen_each(m: Match) -> Any:
+def chosen_each(m: Match) -> Any:
     """How many experts each token has; None where that cannot be told."""
     if "repeated" in m:
         return m["repeated"].shape[1] if m["repeated"].ndim == 3 else None
     return m["k"]
 
 
-def _check_sum(m: Match, k: int) -> Reject | None:
-    x, factor, products = m["x"], m["factor"], m["products"]
-    tokens, width = x.shape[0], m["down"].shape[2]
+def _check_sum(m: Match, tokens: Any, k: int) -> Reject | None:
+    factor, products, width = m["factor"], m["products"], m["down"].shape[2]
     if not known_equal(product(m["weights"].shape), product((tokens, k))):
         return Reject("the weights are not one for each chosen expert", m["weights"], 2)
     wanted = (tokens, k, 1) if products.ndim == 3 else (product((tokens, k)), 1)
@@ -191,22 +205,19 @@ def unit_arguments(m: Match) -> dict[str, Any]:
     return {name: unit[name] for name in _UNIT if unit.get(name) is not None}
 
 
+def routing_arguments(m: Match, x: Value) -> dict[str, Any]:
+    """x, ids and weights of each token, and the dtypes of the weighted sum."""
+    pairs = (x.shape[0], chosen_each(m))
+    ids, weights = (m.view.canon.reshape(m[name], pairs) for name in ("ids", "weights"))
+    return {"x": x, "indices": ids, "weights": weights, "product_dtype": m["products"].dtype, "out_dtype": m.root.dtype}
+
+
 def rewrite_experts(m: Match) -> Call:
-    canon, x = m.view.canon, m["x"]
-    pairs = (x.shape[0], _chosen_each(m))
-    args: dict[str, Any] = {
-        "x": x,
-        "indices": canon.reshape(m["ids"], pairs),
-        "weights": canon.reshape(m["weights"], pairs),
-        "gate_up": m["gate_up"],
-        "up": m.get("up"),
-        "down": m["down"],
-        "product_dtype": m["products"].dtype,
-        "out_dtype": m.root.dtype,
-    }
+    x = m["x"]
+    args = {**routing_arguments(m, x), "gate_up": m["gate_up"], "up": m.get("up"), "down": m["down"]}
     args |= {name: m[name] for name in ("gate_up_bias", "up_bias", "down_bias") if name in m}
     args |= unit_arguments(m) if "unit" in m else {"gated": False, "activation": activation_of(m)}
-    return Call(moe_experts, args, [canon.reshape(m.root, (x.shape[0], m["down"].shape[2]))])
+    return Call(moe_experts, args, [m.view.canon.reshape(m.root, (x.shape[0], m["down"].shape[2]))])
 
 
 _BETWEEN = 12  # operators between the two products of an expert, limits and slopes included
@@ -224,7 +235,7 @@ def is_second_product(value: Value) -> bool:
 
 MOE_EXPERTS = Rule(
     "moe_experts",
-    pattern=opt_cast(any_of(reshape(opt_cast(summed)), summed)),
+    pattern=weighted_sum(results),
     check=check_experts,
     rewrite=rewrite_experts,
     produces="moe_experts",

@@ -62,7 +62,7 @@ summed = any_of(
 # -------------------------------------------------------------------- what is computed
 
 
-def _base(value: Value) -> Value:
+def base_of(value: Value) -> Value:
     """What the value is a view of."""
     while value.op in _VIEWS:
         value = value.args[0]
@@ -81,18 +81,19 @@ class _Found:
     turned: frozenset[str]
 
 
-def _leading(shape: Any) -> tuple[Dim, ...]:
+def leading(shape: Any) -> tuple[Dim, ...]:
+    """The sizes that are not 1."""
     return tuple(size for size in shape if not known_equal(size, 1))
 
 
 def read(m: Match) -> _Found | None:
     """What the match computes, or None where it is not the weighted sum of routed experts."""
-    x, ids, weights = _base(m["rows_of_gate_up"]), _base(m["ids"]), _base(m["factor"])
-    if x.ndim < 2 or ids.ndim < 2 or weights.ndim < 2 or ("up" in m and _base(m["rows_of_up"]) is not x):
+    x, ids, weights = base_of(m["rows_of_gate_up"]), base_of(m["ids"]), base_of(m["factor"])
+    if x.ndim < 2 or ids.ndim < 2 or weights.ndim < 2 or ("up" in m and base_of(m["rows_of_up"]) is not x):
         return None
     hidden, k = x.shape[-1], ids.shape[-1]
     tokens = product(x.shape[:-1])
-    lead = max((_leading(base.shape[:-1]) for base in (x, ids)), key=len)
+    lead = max((leading(base.shape[:-1]) for base in (x, ids)), key=len)
     token_names = [f"t{i}" for i in range(len(lead))]
     sizes: dict[str, Dim] = dict(zip(token_names, lead, strict=True)) | {"h": hidden, "k": k}
     named = AxisNames({}, sizes)

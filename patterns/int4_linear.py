@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,9 +23,9 @@ from npu_fusion.match import Match
 from npu_fusion.nibbles import VIEWS, Places, Reader, expanded, viewed
 from npu_fusion.ops.weight_only import weight_only_linear
 from npu_fusion.packed import Packed, arranged, packed_matrix
-from npu_fusion.pattern import any_of, anything, bits, op, opt_cast, opt_upcast, opt_view, through, total, var
+from npu_fusion.pattern import Pattern, any_of, anything, bits, op, opt_cast, opt_upcast, opt_view, through, total, var
 from npu_fusion.rule import Call, Reject, Rule, register_builtin
-from npu_fusion.view import Value
+from npu_fusion.view import Value, View
 from npu_fusion.view.canon import Canon
 from npu_fusion.view.shapes import known_equal
 
@@ -37,11 +38,20 @@ def _is_nibbles(value: Value) -> bool:
 
 # -------------------------------------------------------------------- pattern
 
-codes = var("codes").where(_is_nibbles, "the weight is not made of nibbles of words")
-shifted = any_of(codes, codes - var("zero")).as_("shifted")
-unscaled = through((*VIEWS, "cast"), shifted)
-dequantised = (unscaled * opt_upcast(var("scale"))).as_("dequantised")
-before = op("matmul", var("x"), through((*VIEWS, "cast"), dequantised).as_("operand")).as_("site")
+
+def _unscaled(prefix: str = "") -> Pattern:
+    codes = var(f"{prefix}codes").where(_is_nibbles, "the weight is not made of nibbles of words")
+    return through((*VIEWS, "cast"), any_of(codes, codes - var(f"{prefix}zero")).as_(f"{prefix}shifted"))
+
+
+def dequantised(prefix: str = "") -> Pattern:
+    """A weight that is computed of nibbles, scales and zero points, which are bound under names that begin with the prefix."""
+    product = (_unscaled(prefix) * opt_upcast(var(f"{prefix}scale"))).as_(f"{prefix}dequantised")
+    return through((*VIEWS, "cast"), product).as_(f"{prefix}operand")
+
+
+unscaled = _unscaled()
+before = op("matmul", var("x"), dequantised()).as_("site")
 after = opt_view(op("matmul", var("x"), unscaled.as_("operand")).as_("site"), "reshape") * opt_cast(var("scale_after"))
 product = any_of(before, after)
 biased = total(product, var("bias").where(lambda x: x.ndim == 1, "the bias is not one number for each output"))
@@ -51,12 +61,37 @@ biased = total(product, var("bias").where(lambda x: x.ndim == 1, "the bias is no
 
 
 @dataclass(frozen=True)
-class _Weight:
+class Weight:
     """The arguments of `weight_only_linear` that make the weight; scale and zero are [N, G]."""
 
     packed: Packed
     scale: Value
     zero: Value | None
+
+
+@dataclass(frozen=True)
+class Prefixed:
+    """What a match has bound of one of several stacked weights, under names that begin with its own."""
+
+    match: Match
+    prefix: str
+
+    def __getitem__(self, name: str) -> Any:
+        return self.match[f"{self.prefix}.{name}"]
+
+    def __contains__(self, name: str) -> bool:
+        return f"{self.prefix}.{name}" in self.match
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.match.get(f"{self.prefix}.{name}", default)
+
+    @property
+    def view(self) -> View:
+        return self.match.view
+
+    @property
+    def exact(self) -> bool:
+        return self.match.exact
 
 
 def _between(top: Value, bottom: Value) -> Iterator[Value]:
@@ -68,13 +103,21 @@ def _between(top: Value, bottom: Value) -> Iterator[Value]:
     return reversed(chain)
 
 
-def _as_weight(m: Match, places: Places | None, since: str) -> Places | None:
-    """The places of a factor of the weight, known as it broadcasts to the value bound as `since`, as they are in the weight [N, K]."""
+Bound = Match | Prefixed
+
+
+def _as_weight(m: Bound, places: Places | None, since: str) -> Places | None:
+    """The places of a factor of the weight, known as it broadcasts to the value bound as `since`, as they are in the weight [N, K].
+
+    Of stacked weights [E, K, N] all outputs stand one below the other: [E * N, K].
+    """
     inner = m.get("dequantised")
     if since == "shifted" and inner is not None:
         left, right = inner.args
         places = _through(places, left if _reaches(left, m["shifted"]) else right, m["shifted"])
     places = _through(places, m["operand"], m["shifted"] if inner is None else inner)
+    if places is not None and isinstance(m, Prefixed) and len(places.dims) == 3:
+        return places.moved(((*places.dims[0], *places.dims[2]), places.dims[1]))
     if places is None or any(factor.axis is not None for dim in places.dims[:-2] for factor in dim):
         return None  # of a batch of weights each is another one
     return places.moved((places.dims[-1], places.dims[-2]))
@@ -118,7 +161,7 @@ def _size(factors: list[Factor]) -> int:
     return size
 
 
-def _zero_of(m: Match) -> Value:
+def _zero_of(m: Bound) -> Value:
     """The zero point, before casts that changed nothing."""
     zero: Value = m["zero"]
     while zero.op == "cast" and (zero.args[0].dtype in _UNPACKED or _range(zero) is not None) and not bits(zero.args[0].dtype):
@@ -126,7 +169,7 @@ def _zero_of(m: Match) -> Value:
     return zero
 
 
-def _after(m: Match) -> Value | None:
+def _after(m: Bound) -> Value | None:
     """A scale of the results, one for each output or one for all, as [N, 1]."""
     canon, scale, outputs = m.view.canon, m["scale_after"], m["operand"].shape[-1]
     if not all(known_equal(size, 1) for size in scale.shape[:-1]):
@@ -135,7 +178,7 @@ def _after(m: Match) -> Value | None:
     return canon.reshape(canon.expand(flat, (outputs,)), (outputs, 1))
 
 
-def _weight(m: Match) -> _Weight | None:
+def weight_of(m: Bound) -> Weight | None:
     canon, reader = m.view.canon, Reader()
     nibbles = _as_weight(m, reader.nibbles(m["codes"]), "shifted")
     packed = packed_matrix(canon, nibbles) if nibbles is not None else None
@@ -143,7 +186,7 @@ def _weight(m: Match) -> _Weight | None:
     if packed is None or scale is None:
         return None
     if "zero" not in m:
-        return _Weight(packed, scale, None)
+        return Weight(packed, scale, None)
     zero = _in_groups(canon, _as_weight(m, reader.spread(_zero_of(m)), "shifted"))
     if zero is None:
         return None
@@ -151,7 +194,7 @@ def _weight(m: Match) -> _Weight | None:
     if len(counts) == 2 and 1 not in counts:
         return None
     shape = (scale.shape[0], scale.shape[1] if zero.shape[1] == 1 else zero.shape[1])
-    return _Weight(packed, canon.expand(scale, shape), canon.expand(zero, shape))
+    return Weight(packed, canon.expand(scale, shape), canon.expand(zero, shape))
 
 
 # -------------------------------------------------------------------- numbers
@@ -171,7 +214,7 @@ def _range(zero: Value) -> tuple[float, float] | None:
     return limits.min, limits.max
 
 
-def _subtraction(m: Match) -> Reject | None:
+def check_subtraction(m: Bound) -> Reject | None:
     """A reason why `codes - zero` is not what the fused op computes."""
     shifted, zero = m["shifted"], m["zero"]
     if zero.dtype is None or zero.dtype in (torch.bool, torch.complex64, torch.complex128):
@@ -214,10 +257,10 @@ def check_int4_linear(m: Match) -> Reject | None:
         return Reject("rounding='exact': the weight is rounded to another type than that of the activations", site)
     if m.exact and "bias" in m and site.node is not None:
         return Reject("rounding='exact': the model rounds the product before it adds the bias", site)
-    rejected = _subtraction(m) if "zero" in m else None
+    rejected = check_subtraction(m) if "zero" in m else None
     if rejected is not None:
         return rejected
-    if _weight(m) is None:
+    if weight_of(m) is None:
         return Reject(
             "the weight is not one nibble of a word each, or scales and zero points do not go by groups of one output's inputs", scale
         )
@@ -225,7 +268,7 @@ def check_int4_linear(m: Match) -> Reject | None:
 
 
 def rewrite_int4_linear(m: Match) -> Call:
-    weight = _weight(m)
+    weight = weight_of(m)
     assert weight is not None
     packed, root = weight.packed, m.root
     x = m.view.canon.reshape(m["x"], (*root.shape[:-1], m["x"].shape[-1]))

@@ -8,13 +8,31 @@
 - `emulation/` has CPU kernels of the ops, so that an Ascend lowering can be run, and its numbers tested, without an NPU.
 """
 
-from . import attention, cache, capture_facts, experts, glu, matmul, mla, moe, norm, norm_rope_cache, quant, rope, weight_only
+from . import (
+    attention,
+    cache,
+    capture_facts,
+    experts,
+    experts_int8,
+    experts_weight_only,
+    glu,
+    matmul,
+    mla,
+    moe,
+    norm,
+    norm_rope_cache,
+    quant,
+    rope,
+    weight_only,
+)
 
 __all__ = [
     "attention",
     "cache",
     "capture_facts",
     "experts",
+    "experts_int8",
+    "experts_weight_only",
     "glu",
     "matmul",
     "mla",

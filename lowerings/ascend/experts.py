@@ -45,9 +45,8 @@ def moe_experts(b: Builder, a: Arguments, npu: Npu) -> Node:
         not biased or b.config.rounding != "exact", "it keeps the sum with the bias in fp32, the model rounds it: rounding is 'exact'"
     )
     keeps_rounding(b, None, a.product_dtype if a.product_dtype in _HALVES else None, "the weighted products")
-    ids, weights = _of_experts(b, a.indices, weights, experts)
-    mode = {"expert_num": experts, "active_expert_range": [0, experts], "expert_tokens_num_type": 1, "expert_tokens_num_flag": True}
-    rows, places, counts, _ = npu("npu::npu_moe_init_routing_v2", b.contiguous(x), b.contiguous(b.cast(ids, torch.int32)), **mode)
+    ids, weights = of_experts(b, a.indices, weights, experts)
+    rows, places, counts, _ = routed(b, npu, x, ids, experts)
 
     def product(source: Node, matrices: Node, bias: Node | None) -> Node:
         given = {} if bias is None else {"bias": [b.cast(bias, torch.float32 if dtype == torch.bfloat16 else dtype)]}
@@ -55,9 +54,25 @@ def moe_experts(b: Builder, a: Arguments, npu: Npu) -> Node:
         return b.results(npu("npu::npu_grouped_matmul", [source], [matrices], **given, **groups), 1)[0]
 
     gate = product(rows, a.gate_up, a.gate_up_bias)
-    hidden = _unit(b, a, npu, gate, None if a.up is None else product(rows, a.up, a.up_bias))
+    if a.gated:
+        hidden = unit_of(b, a, npu, gate, None if a.up is None else product(rows, a.up, a.up_bias))
+    else:
+        hidden = _activated(b, a.activation, npu, gate)
     results = product(hidden, a.down, a.down_bias)
-    wide = torch.promote_types(dtype, b.val(weights).dtype)
+    return summed(b, a, npu, results, weights, places)
+
+
+def routed(b: Builder, npu: Npu, x: Node, ids: Node, experts: int, quant_mode: int = -1) -> Any:
+    """Rows of x by expert, where each went, how many each expert has, and the scales of rows that are quantised (`quant_mode` 1)."""
+    mode = {"expert_num": experts, "active_expert_range": [0, experts], "expert_tokens_num_type": 1, "expert_tokens_num_flag": True}
+    ids = b.contiguous(b.cast(ids, torch.int32))
+    return npu("npu::npu_moe_init_routing_v2", b.contiguous(x), ids, **mode, quant_mode=quant_mode)
+
+
+def summed(b: Builder, a: Arguments, npu: Npu, results: Node, weights: Node, places: Node) -> Node:
+    """The weighted sum of the rows of each token, which `places` finds."""
+    dtype = b.val(a.x).dtype
+    wide = torch.promote_types(b.val(results).dtype, b.val(weights).dtype)
     b.require(wide != torch.float64, "the weights are float64")
     results, scales = b.cast(results, wide), b.contiguous(b.cast(weights, wide))
     y = npu("npu::npu_moe_finalize_routing", results, None, None, None, scales, places, None, drop_pad_mode=2)
@@ -68,7 +83,7 @@ _CHOICES = ("aten.topk", "npu_fusion.moe_gating", "npu.npu_moe_gating_top_k", "n
 _VIEWS = ("aten._to_copy", "aten.view", "aten.reshape", "aten._unsafe_view")
 
 
-def _of_experts(b: Builder, ids: Node, weights: Node, experts: Any) -> tuple[Node, Node]:
+def of_experts(b: Builder, ids: Node, weights: Node, experts: Any) -> tuple[Node, Node]:
     """Ids that are all of experts, and the weights, 0 where an id was none."""
     if _are_chosen(b, ids, experts):
         return ids, weights
@@ -94,12 +109,10 @@ def _name(node: Node) -> str:
     return str(node.target).rpartition(".")[0] if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
-def _unit(b: Builder, a: Arguments, npu: Npu, gate: Node, up: Node | None) -> Any:
-    """The gated unit by the providers of `glu`, or the activation alone: the node of its result."""
+def unit_of(b: Builder, a: Arguments, npu: Npu, gate: Node, up: Node | None) -> Any:
+    """The gated unit by the providers of `glu`: the node of its result."""
     names = ("activation", "layout", "alpha", "gate_limit", "up_limit", "up_offset", "round_dtype")
     given = {name: getattr(a, name) for name in names}
-    if not a.gated:
-        return _activated(b, a.activation, npu, gate)
     unit: Any = SimpleNamespace(gate=gate, up=up, out_dtype=b.val(gate).dtype, **given)
     plain = (unit.alpha, unit.gate_limit, unit.up_limit, unit.up_offset) == (1.0, None, None, 0.0)
     if unit.activation == "silu" and (up is None or not plain):

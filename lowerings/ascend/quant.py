@@ -28,7 +28,7 @@ aten = torch.ops.aten
 _HALVES = (torch.float16, torch.bfloat16)
 _STEPS = 127.0
 _SMALL = 1e-4  # a floor of the largest magnitude of a row; below it a row is quantised in steps finer than a floor would make them
-_CODES = {torch.float16: 5, torch.bfloat16: 15, torch.int32: 3, torch.int8: 12, torch.uint8: 13}
+CODES = {torch.float16: 5, torch.bfloat16: 15, torch.int32: 3, torch.int8: 12, torch.uint8: 13}
 """Dtypes by their numbers in torch, under which ops of torch_npu take them; quantised ones as qint8, quint8."""
 
 
@@ -46,8 +46,8 @@ def _flat(b: Builder, x: Node) -> Node:
 # -------------------------------------------------------------------- scales that are found
 
 
-def _dynamic(b: Builder, a: Arguments) -> Callable[[Node], Node]:
-    """Refuse what is not max / 127 of each row; how the op's scale becomes that of the model's rows of zeros."""
+def require_dynamic(b: Builder, a: Arguments) -> None:
+    """Refuse what is not max / 127 of each row, floors apart."""
     b.require(a.symmetric, "it quantises symmetrically; npu_dynamic_quant_asymmetric does not round the zero point")
     b.require(a.dtype in (None, torch.int8), f"it stores int8, the model {a.dtype}")
     b.require(a.high == 127 and a.low in (-128, -127), f"its numbers go up to 127, the model's are in [{a.low}, {a.high}]")
@@ -58,21 +58,32 @@ def _dynamic(b: Builder, a: Arguments) -> Callable[[Node], Node]:
     _not_exact(b, "it multiplies by 127 / max, the model rounds otherwise")
     for name in ("apply", "steps_reciprocal", "round_last", "with_zero"):
         getattr(a, name)  # they change the last bit of a quotient, or are of zero points
+
+
+def _dynamic(b: Builder, a: Arguments) -> Callable[[Node], Node]:
+    """Refuse what is not max / 127 of each row; how the op's scale becomes that of the model's rows of zeros."""
+    require_dynamic(b, a)
     return _floor(b, a)
 
 
-def _floor(b: Builder, a: Arguments) -> Callable[[Node], Node]:
+def require_small_floor(b: Builder, a: Arguments) -> None:
+    """Refuse floors of scales that matter."""
     mode, floor = a.floor_mode, a.floor
-    if mode in ("one", "one_amax"):
-        of_zeros = 1.0 if mode == "one" else 1.0 / _STEPS
-        return lambda scale: b.emit(aten.where.ScalarSelf, b.emit(aten.eq.Scalar, scale, 0), of_zeros, scale)
+    b.require(mode in ("none", "one", "one_amax", "amax", "scale"), f"it has no floor of the kind {mode!r}")
     if mode in ("amax", "scale"):
         b.require(isinstance(floor, (int, float)), "the floor of the scale is known at run time only")
         least = floor if mode == "amax" else floor * _STEPS
         b.require(least <= _SMALL, f"it has no floor of the scale, and the model's, {floor} ({mode}), is no small one")
+
+
+def _floor(b: Builder, a: Arguments) -> Callable[[Node], Node]:
+    mode = a.floor_mode
+    require_small_floor(b, a)
+    if mode in ("one", "one_amax"):
+        of_zeros = 1.0 if mode == "one" else 1.0 / _STEPS
+        return lambda scale: b.emit(aten.where.ScalarSelf, b.emit(aten.eq.Scalar, scale, 0), of_zeros, scale)
+    if mode in ("amax", "scale"):
         b.require(_only_multiplies(b.node), "it has no floor of the scale, and the model does more with it than multiply")
-        return lambda scale: scale
-    b.require(mode == "none", f"it has no floor of the kind {mode!r}")
     return lambda scale: scale
 
 
@@ -205,7 +216,7 @@ def static_quant(b: Builder, a: Arguments, npu: Npu) -> list[Node | None]:
     if zero is not None:
         zero = _vector(b, zero, scale)
         scale = _vector(b, scale, zero)
-    return [npu("npu::npu_quantize", x, scale, zero, _CODES[out], -1, divides), None, None]
+    return [npu("npu::npu_quantize", x, scale, zero, CODES[out], -1, divides), None, None]
 
 
 @provides("add_rms_norm_quant", "npu::npu_add_rms_norm_quant")
@@ -348,7 +359,7 @@ def quant_matmul(b: Builder, a: Arguments, npu: Npu) -> Node:
         b.require(_is_one(b, a.zero_point), "its bias goes with the columns, the zero points of the activations with the rows")
         b.require(a.bias is None or a.bias_first, "it adds one bias: that of the zero point, or the model's")
         bias = _whole_bias(b, a, width)
-    y: Node = npu("npu::npu_quant_matmul", x, weight, scale, pertoken_scale=of_rows, bias=bias, output_dtype=_CODES[out])
+    y: Node = npu("npu::npu_quant_matmul", x, weight, scale, pertoken_scale=of_rows, bias=bias, output_dtype=CODES[out])
     return b.reshape(y, [*rows, width])
 
 
@@ -393,7 +404,7 @@ def _one(b: Builder, like: Node) -> Node:
 
 def _sums(b: Builder, npu: Npu, x: Node, weight: Node, bias: Node | None) -> Node:
     """x W + bias in int32: its scale says nothing then."""
-    y: Node = npu("npu::npu_quant_matmul", x, weight, _one(b, x), bias=bias, output_dtype=_CODES[torch.int32])
+    y: Node = npu("npu::npu_quant_matmul", x, weight, _one(b, x), bias=bias, output_dtype=CODES[torch.int32])
     return y
 
 

@@ -63,6 +63,7 @@ class Limit:
         same_sizes: groups of `argument[dim]` that must be equal, or be numbers.
         values: argument to the Python values that it may have; the string `None` stands for None.
         absent: arguments that must be left out.
+        present: arguments that must be given.
         nonempty: tensor arguments that must have elements.
         targets: the SoCs that it holds for; all where empty.
         any: rows of one op with the same name here are alternatives.
@@ -76,6 +77,7 @@ class Limit:
     same_sizes: Sequence[Sequence[str | int]] = ()
     values: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     absent: Sequence[str] = ()
+    present: Sequence[str] = ()
     nonempty: Sequence[str] = ()
     targets: Sequence[str] = ()
     any: str = ""
@@ -216,6 +218,9 @@ def _violations(limit: Limit, arguments: Mapping[str, Any]) -> Iterator[str]:
     for name in limit.absent:
         if arguments.get(name) is not None:
             yield f"it takes no {name}"
+    for name in limit.present:
+        if arguments.get(name) is None:
+            yield f"it needs {name}"
 
 
 def _type_violations(limit: Limit, tensors: Mapping[str, Tensor]) -> Iterator[str]:

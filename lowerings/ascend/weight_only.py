@@ -72,12 +72,12 @@ def int4_linear(b: Builder, a: Arguments, npu: Npu) -> Node:
     codes = b.contiguous(transposed(b, words))
     scale, offset = (None if t is None else b.contiguous(transposed(b, t)) for t in (a.scale, offset))
     order = None if nibbles == IN_ORDER else nibbles
-    scale, offset, bias = (None if t is None else _in_order(b, t, order or IN_ORDER) for t in (scale, offset, bias))
+    scale, offset, bias = (None if t is None else in_order(b, t, order or IN_ORDER) for t in (scale, offset, bias))
     assert scale is not None
     codes, scale = prepared(codes), prepared(scale)
     offset, bias = (t if t is None else prepared(t) for t in (offset, bias))
     y = _product(b, a, npu, x, codes, scale, offset, bias, group)
-    return y if order is None else _in_order(b, y, [order.index(place) for place in range(PER_WORD)])
+    return y if order is None else in_order(b, y, [order.index(place) for place in range(PER_WORD)])
 
 
 def _offset(b: Builder, a: Arguments, zero: Node | int, dtype: torch.dtype) -> Node | None:
@@ -87,7 +87,7 @@ def _offset(b: Builder, a: Arguments, zero: Node | int, dtype: torch.dtype) -> N
     return b.emit(aten.full_like.default, a.scale, -zero) if zero else None
 
 
-def _in_order(b: Builder, x: Node, order: Sequence[int]) -> Node:
+def in_order(b: Builder, x: Node, order: Sequence[int]) -> Node:
     """x with element `order[i]` at place i, of every eight of its last dimension."""
     if tuple(order) == IN_ORDER:
         return x

@@ -27,6 +27,8 @@ FAMILIES = (
     "attention",
     "moe",
     "experts",
+    "experts_int8",
+    "experts_weight_only",
 )
 
 

@@ -76,7 +76,7 @@ def _min_scale(b: Builder, a: Arguments, least: bool) -> float:
     return 0.0
 
 
-def _symmetric(b: Builder, a: Arguments, source: torch.dtype, least: bool = True) -> _Found:
+def symmetric(b: Builder, a: Arguments, source: torch.dtype, least: bool = True) -> _Found:
     _integral(b, a)
     b.require(a.steps == _STEPS, f"the kernel has 127 steps, the model {a.steps}")
     require_fp32(b, "the scale", a.compute_dtype or source, a.scale_dtype)
@@ -108,7 +108,7 @@ def dynamic_quantize(b: Builder, a: Arguments, cores: int) -> list[Node | None]:
     b.only_if(a.scale is None and a.symmetric)
     _require_floats(b, x=a.x, smooth=a.smooth)
     require_width(b, x=a.x)
-    how = _symmetric(b, a, b.val(a.x).dtype)
+    how = symmetric(b, a, b.val(a.x).dtype)
     call = b.emit(ops.dynamic_quantize.overload, a.x, smooth=a.smooth, min_scale=how.min_scale, divide=how.divide, cores=cores)
     q, scale = b.results(call, 2)
     return [q, scales_of(b, a, a.x, scale), None]
@@ -214,7 +214,7 @@ def _norm_form(b: Builder, a: Arguments, width: Any) -> dict[str, Any]:
     form["return_norm"] = a.return_norm
     if a.scale is None:
         b.require(a.symmetric, "the kernel of norms quantises symmetrically")
-        how = _symmetric(b, a, a.norm_dtype or b.val(a.x).dtype)
+        how = symmetric(b, a, a.norm_dtype or b.val(a.x).dtype)
         return {**form, "smooth": a.smooth, "min_scale": how.min_scale, "divide": how.divide}
     b.require(a.smooth is None, "the kernel of given scales does not smooth")
     tensors, divide = _static(b, a, width)
@@ -278,7 +278,7 @@ def glu_quant(b: Builder, a: Arguments, cores: int) -> list[Node | None]:
     b.require(a.symmetric, "the kernel of gated units quantises symmetrically")
     _require_floats(b, gate=a.gate, up=a.up, smooth=a.smooth)
     require_width(b, gate=a.gate, up=a.up)
-    _symmetric(b, a, a.product_dtype or b.val(a.gate).dtype, least=False)
+    symmetric(b, a, a.product_dtype or b.val(a.gate).dtype, least=False)
     call = b.emit(glu_ops.glu_quant.overload, a.gate, a.up, smooth_scale=a.smooth, **_unit_form(b, a), cores=cores)
     return _unit_scales(b, a, *b.results(call, 2))
 
@@ -288,7 +288,7 @@ def dequant_glu_quant(b: Builder, a: Arguments, cores: int) -> list[Node | None]
     b.only_if(a.scale is None)
     b.require(a.symmetric, "the kernel of gated units quantises symmetrically")
     require_width(b, x=a.x)
-    _symmetric(b, a, a.product_dtype or torch.float32, least=False)
+    symmetric(b, a, a.product_dtype or torch.float32, least=False)
     scaling(b, a, "sum_")
     val = b.val(a.x)
     roles = roles_of(b, (a.sum_scale, a.sum_scale2), val.shape[:-1], val.shape[-1])

@@ -8,6 +8,8 @@ Where it packs outputs, as AWQ does, the words are laid out anew.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -37,30 +39,55 @@ def weight_only_linear(b: Builder, a: Arguments, cores: int) -> Node:
     inputs = b.val(x).shape[-1]
     b.require(isinstance(outputs, int) and isinstance(groups, int), "the sizes of the weight are symbolic")
     group = inputs // groups
-    plane = kernels.plane_rows(inputs, group)
-    b.require(plane > 0, f"it takes groups of a multiple of 32 inputs, the model's are of {group}")
-    x, words = _inputs_packed(b, a, x, plane) if a.packs_inputs else (x, _outputs_packed(b, a, group))
-    words = prepared(with_other_sign(b, words) if a.signed else words)
-    scales = prepared(b.contiguous(transposed(b, a.scale)))
-    zeros = _zeros(b, a, dtype)
+    laid_out = packed_matrix(b, a, inputs)
+    x = laid_out.moved(b, x)
+    words, scales, zeros = laid_out.words, laid_out.scales, laid_out.zeros
     vector_cores, matrix_cores = cores_of(b.config, b.dry_run)
     form = {"group_size": group, "cores": vector_cores, "matrix_cores": matrix_cores}
     return b.emit(ops.w4a16_linear.overload, x, words, scales, zeros, a.bias, **form)
 
 
-def _zeros(b: Builder, a: Arguments, dtype: torch.dtype) -> Node | None:
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A weight, or a stack of them, as the kernels want it: words [K / 8, N], scales and zeros [K / group, N], all prepared.
+
+    `nibbles` says which element of a word's eight each nibble holds, where the activations are to change places; None where they are not.
+    """
+
+    words: Node
+    scales: Node
+    zeros: Node | None
+    plane: int
+    nibbles: tuple[int, ...] | None
+
+    def moved(self, b: Builder, x: Node) -> Node:
+        """Activations [..., K] as the words want them."""
+        return x if self.nibbles is None else _in_planes(b, x, self.plane, self.nibbles)
+
+
+def packed_matrix(b: Builder, a: Any, inputs: int) -> PackedMatrix:
+    """What the kernels read of `a.weight`, `a.scale` [..., N, G] and `a.zero`, packed as `a.shifts`, ... say.
+
+    Raises:
+        Refused: the groups, or the words, are not of the kernels.
+    """
+    groups = b.val(a.scale).shape[-1]
+    plane = kernels.plane_rows(inputs, inputs // groups)
+    b.require(plane > 0, f"it takes groups of a multiple of 32 inputs, the model's are of {inputs // groups}")
+    words, nibbles = in_words(b, a)
+    words = b.contiguous(transposed(b, words)) if a.packs_inputs else _outputs_packed(b, words, nibbles, inputs // groups)
+    words = prepared(with_other_sign(b, words) if a.signed else words)
+    scales = prepared(b.contiguous(transposed(b, a.scale)))
+    return PackedMatrix(words, scales, _zeros(b, a, b.val(a.scale).dtype), plane, nibbles if a.packs_inputs else None)
+
+
+def _zeros(b: Builder, a: Any, dtype: torch.dtype) -> Node | None:
     zero = zero_point(b, a, dtype, _MIDDLE if a.signed else 0)
     if isinstance(zero, Node):
         return prepared(b.contiguous(transposed(b, zero)))
     if zero == _MIDDLE:
         return None
     return prepared(b.emit(aten.full_like.default, b.contiguous(transposed(b, a.scale)), zero))
-
-
-def _inputs_packed(b: Builder, a: Arguments, x: Node, plane: int) -> tuple[Node, Node]:
-    """Activations and words [K / 8, N]: nibble i of a block's words is the plane i of its activations."""
-    words, nibbles = in_words(b, a)
-    return _in_planes(b, x, plane, nibbles), b.contiguous(transposed(b, words))
 
 
 def _in_planes(b: Builder, x: Node, plane: int, nibbles: Sequence[int]) -> Node:
@@ -73,18 +100,17 @@ def _in_planes(b: Builder, x: Node, plane: int, nibbles: Sequence[int]) -> Node:
     return b.reshape(b.transpose(words, -1, -2), [*lead, inputs])
 
 
-def _outputs_packed(b: Builder, a: Arguments, group: int) -> Node:
+def _outputs_packed(b: Builder, words: Node, nibbles: tuple[int, ...], group: int) -> Node:
     """The words [K / 8, N] of ones [N / 8, K] that hold eight outputs."""
-    words, nibbles = in_words(b, a)
     cores, _ = cores_of(b.config, b.dry_run)
     columns = b.contiguous(transposed(b, words))
     repacked = b.emit(ops.w4a16_repack_awq.overload, columns, group_size=group, cores=cores)
     if tuple(nibbles) == kernels.AWQ_ORDER:
         return repacked
-    rows, outputs = b.val(repacked).shape
-    apart = b.reshape(repacked, [rows, outputs // PER_WORD, PER_WORD])
+    *lead, outputs = b.val(repacked).shape
+    apart = b.reshape(repacked, [*lead, outputs // PER_WORD, PER_WORD])
     places = [kernels.AWQ_ORDER[nibbles.index(element)] for element in range(PER_WORD)]
-    return b.reshape(b.emit(aten.index_select.default, apart, 2, _order(b, places)), [rows, outputs])
+    return b.reshape(b.emit(aten.index_select.default, apart, len(lead) + 1, _order(b, places)), [*lead, outputs])
 
 
 def _order(b: Builder, order: Sequence[int]) -> Node:

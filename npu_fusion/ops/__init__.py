@@ -9,12 +9,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..semantic import SemanticOp, semantic_ops
-from . import attention, experts, glu, matmul, mla, moe, moe_collectives, norm, norm_quant, quant, rope, weight_only
+from . import (
+    attention,
+    experts,
+    experts_int8,
+    experts_weight_only,
+    glu,
+    matmul,
+    mla,
+    moe,
+    moe_collectives,
+    norm,
+    norm_quant,
+    quant,
+    rope,
+    weight_only,
+)
 
 __all__ = [
     "OpRow",
     "attention",
     "experts",
+    "experts_int8",
+    "experts_weight_only",
     "glu",
     "matmul",
     "mla",

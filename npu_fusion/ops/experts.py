@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -69,6 +71,45 @@ def _check_experts(
             check_sizes(op, name, bias.shape, (experts, matrix.shape[2]))
     if up is not None:
         check_sizes(op, "up", up.shape, gate_up.shape)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The rows [T * k] of a routed layer in the order of their experts; those of no expert come last.
+
+    Attributes:
+        inside: [T, k], whether an id is that of an expert.
+        order: [T * k], the flat id of each row.
+        ends: [E], how many rows there are up to each expert.
+        expert_of: [T * k], the expert of each row; of a row of none some other.
+    """
+
+    inside: Tensor
+    order: Tensor
+    ends: Tensor
+    expert_of: Tensor
+
+    @classmethod
+    def of(cls, indices: Tensor, experts: int) -> Routing:
+        inside = (indices >= 0) & (indices < experts)
+        ordered, order = torch.sort(torch.where(inside, indices, experts).reshape(-1), stable=True)
+        numbers = torch.arange(experts, device=indices.device, dtype=ordered.dtype)
+        ends = torch.searchsorted(ordered, numbers, right=True)
+        return cls(inside, order, ends, ordered.clamp_max(experts - 1))
+
+    @property
+    def token(self) -> Tensor:
+        """[T * k], the token of each row."""
+        return self.order // self.inside.shape[1]
+
+    def summed(self, rows: Tensor, weights: Tensor, product_dtype: torch.dtype | None, out_dtype: torch.dtype) -> Tensor:
+        """The weighted sum [T, N] of each token's rows [T * k, N], in fp32 (fp64 if an operand is); products are rounded if so asked."""
+        results = torch.empty_like(rows).index_copy(0, self.order, rows).view(*self.inside.shape, -1)
+        compute = torch.promote_types(torch.promote_types(rows.dtype, weights.dtype), torch.float32)
+        products = results.masked_fill(~self.inside.unsqueeze(-1), 0).to(compute) * weights.to(compute).unsqueeze(-1)
+        if product_dtype is not None:
+            products = products.to(product_dtype)
+        return products.to(compute).sum(1).to(out_dtype)
 
 
 def _grouped(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
@@ -158,18 +199,13 @@ def moe_experts(
     """
     dtypes = (round_dtype, product_dtype, out_dtype)
     _check_experts(x, indices, weights, gate_up, up, down, gate_up_bias, up_bias, down_bias, gated, activation, layout, dtypes)
-    (rows, k), experts = indices.shape, gate_up.shape[0]
-    inside = (indices >= 0) & (indices < experts)
-    flat = torch.where(inside, indices, experts).reshape(-1)
-    ordered, order = torch.sort(flat, stable=True)
-    ends = torch.searchsorted(ordered, torch.arange(experts, device=x.device, dtype=flat.dtype), right=True)
-    expert_of = ordered.clamp_max(experts - 1)
+    routing = Routing.of(indices, gate_up.shape[0])
 
     def linear(source: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
-        y = _grouped(source, matrices, ends)
-        return y if bias is None else y + bias[expert_of]
+        y = _grouped(source, matrices, routing.ends)
+        return y if bias is None else y + bias[routing.expert_of]
 
-    chosen = x[order // k]
+    chosen = x[routing.token]
     gate = linear(chosen, gate_up, gate_up_bias)
     if gated:
         other = None if up is None else linear(chosen, up, up_bias)
@@ -178,13 +214,7 @@ def moe_experts(
         hidden = glu.reference(gate, other, activation=activation, layout=layout, alpha=alpha, **limits, **rounding)
     else:
         hidden = ACTIVATIONS[activation](gate)
-    sorted_results = linear(hidden, down, down_bias)
-    results = torch.empty_like(sorted_results).index_copy(0, order, sorted_results).view(rows, k, -1)
-    compute = torch.promote_types(torch.promote_types(x.dtype, weights.dtype), torch.float32)
-    products = results.masked_fill(~inside.unsqueeze(-1), 0).to(compute) * weights.to(compute).unsqueeze(-1)
-    if product_dtype is not None:
-        products = products.to(product_dtype)
-    return products.to(compute).sum(1).to(out_dtype or x.dtype)
+    return routing.summed(linear(hidden, down, down_bias), weights, product_dtype, out_dtype or x.dtype)
 
 
 @moe_experts.fake

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..semantic import semantic_op
-from ._common import check_floating, check_min_rank, check_rank, check_same_dtype, check_sizes, check_type, check_value, compute_dtype
+from ._common import check_floating, check_min_rank, check_rank, check_same_dtype, check_sizes, check_type, check_value
 
 _CODES = (torch.int8, torch.uint8)
 _ZEROS = (*_CODES, torch.int16, torch.int32, torch.int64)
@@ -71,6 +72,30 @@ def unpack(weight: Tensor, shifts: Sequence[int], packs_inputs: bool = True, pla
     return unpacked
 
 
+def dequantised(
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    shifts: Sequence[int],
+    packs_inputs: bool,
+    plane: int,
+    signed: bool,
+    offset: int,
+) -> Tensor:
+    """The weight [N, K] that codes, scale and zero point stand for, computed in fp32 (fp64 if an operand is) and rounded to `dtype`."""
+    wide = torch.float64 if torch.float64 in (dtype, scale.dtype) else torch.float32
+    codes = unpack(weight, shifts, packs_inputs, plane, signed) if shifts else weight
+    grouped = codes.to(wide).unflatten(1, (scale.shape[1], -1))
+    if offset:
+        grouped = grouped - offset
+    if zero is not None:
+        grouped = grouped - zero.to(wide)[..., None]
+    matrix: Tensor = (grouped * scale.to(wide)[..., None]).flatten(1).to(dtype)
+    return matrix
+
+
 @semantic_op(
     "quant",
     "(Tensor x, Tensor weight, Tensor scale, Tensor? zero=None, Tensor? bias=None, *, int[] shifts=[], bool packs_inputs=True, "
@@ -123,15 +148,8 @@ def weight_only_linear(
         https://arxiv.org/abs/2210.17323.
     """
     _check(x, weight, scale, zero, bias, shifts, packs_inputs, plane)
-    dtype = compute_dtype(x, scale)
-    codes = unpack(weight, shifts, packs_inputs, plane, signed) if shifts else weight
-    grouped = codes.to(dtype).unflatten(1, (scale.shape[1], -1))
-    if offset:
-        grouped = grouped - offset
-    if zero is not None:
-        grouped = grouped - zero.to(dtype)[..., None]
-    dequantised = (grouped * scale.to(dtype)[..., None]).flatten(1).to(x.dtype)
-    return torch.nn.functional.linear(x, dequantised, bias).contiguous()
+    layout: dict[str, Any] = {"shifts": shifts, "packs_inputs": packs_inputs, "plane": plane, "signed": signed, "offset": offset}
+    return torch.nn.functional.linear(x, dequantised(weight, scale, zero, x.dtype, **layout), bias).contiguous()
 
 
 @weight_only_linear.fake

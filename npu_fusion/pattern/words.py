@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..view import Value
 from .core import Anything, Lit, Op, Pattern, Prod, Sem, Through, Var, alternatives, as_pattern
 from .values import narrows, widens
 
@@ -49,9 +50,9 @@ def sem(name: str, *, output: int = 0, **args: Any) -> Pattern:
     return Sem(name, args, output)
 
 
-def opt_cast(inner: Pattern) -> Pattern:
-    """The pattern, behind casts or not."""
-    return Through(frozenset({"cast"}), inner, 2)
+def opt_cast(inner: Pattern, accept: Callable[[Value], bool] | None = None) -> Pattern:
+    """The pattern, behind casts or not; only behind casts that are accepted, where a predicate is given."""
+    return Through(frozenset({"cast"}), inner, 2, accept)
 
 
 def opt_upcast(inner: Pattern) -> Pattern:

@@ -28,7 +28,7 @@ def _stored(value: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
     return value.round().nan_to_num(nan=0.0).clamp(limits.min, limits.max).to(dtype)
 
 
-def _dynamic(value: Tensor) -> tuple[Tensor, Tensor]:
+def dynamic(value: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers of fp32 rows, and 127 / max of each."""
     factor = _MOST / value.abs().amax(-1)
     return _stored(value * factor.unsqueeze(-1)), factor
@@ -64,7 +64,7 @@ def npu_dynamic_quant(
     check(op, quant_mode == "pertoken" and dst_type_max == 0.0, "the CPU kernel supports quant_mode='pertoken' without dst_type_max")
     _check_vector(op, "smooth_scales", smooth_scales, input)
     value = input.float() if smooth_scales is None else input.float() * smooth_scales.float()
-    q, factor = _dynamic(value)
+    q, factor = dynamic(value)
     return q, 1 / factor
 
 
@@ -138,7 +138,7 @@ def npu_add_rms_norm_dynamic_quant(
     y = y if beta is None else y + beta.float()
     results = []
     for smooth, wanted in zip((smooth_scale1, smooth_scale2), _outputs(smooth_scale1, smooth_scale2, output_mask)):
-        q, factor = _dynamic(y if smooth is None else y * smooth.float())
+        q, factor = dynamic(y if smooth is None else y * smooth.float())
         results.append((q, 1 / factor) if wanted else (q.new_empty((0,)), factor.new_empty((0,))))
     (y1, scale1), (y2, scale2) = results
     return y1, y2, total.to(x1.dtype), scale1, scale2
@@ -263,7 +263,7 @@ def npu_swiglu_quant(
     check(op, dst_type in (None, torch.int8), "the CPU kernel supports int8 only")
     _row(op, "smooth_scales", smooth_scales, width // 2)
     y = _swiglu(x.float(), activate_left)
-    return _dynamic(y if smooth_scales is None else y * smooth_scales)
+    return dynamic(y if smooth_scales is None else y * smooth_scales)
 
 
 @npu_swiglu_quant.fake
@@ -302,17 +302,27 @@ def npu_dequant_swiglu_quant(
     glu_alpha: float = 1.702,
     glu_bias: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """silu of one half of `(x + bias) * weight_scale * activation_scale` times the other; `scale = max |y| / 127`, `round(y / scale)`."""
+    """silu of one half of `(x + bias) * weight_scale * activation_scale` times the other; `scale = max |y| / 127`, `round(y / scale)`.
+
+    With `group_index` the rows fall into groups of so many, each of which has its own row of weight_scale.
+    """
     op = "npu_dequant_swiglu_quant"
     check_dtype(op, "x", x, torch.int32)
     check(op, x.dim() == 2 and x.shape[1] % 64 == 0, f"x must be [rows, 2H] with 2H a multiple of 64, not {list(x.shape)}")
-    refuse(op, quant_offset=quant_offset, group_index=group_index, dst_type=dst_type, round_mode=round_mode, activate_dim=activate_dim)
+    refuse(op, quant_offset=quant_offset, dst_type=dst_type, round_mode=round_mode, activate_dim=activate_dim)
     check(op, quant_mode == 1 and swiglu_mode == 0, "the CPU kernel supports quant_mode=1 and swiglu_mode=0")
     if weight_scale is None or activation_scale is None:
         check(op, False, "an int32 x needs weight_scale and activation_scale")
         raise AssertionError
     check(op, activation_scale.shape == x.shape[:1], f"activation_scale must be [{x.shape[0]}], not {list(activation_scale.shape)}")
-    _row(op, "weight_scale", weight_scale, x.shape[1])
+    if group_index is not None:
+        check_dtype(op, "group_index", group_index, torch.int64)
+        check(op, bias is None and quant_scale is None, "the CPU kernel supports neither bias nor quant_scale with group_index")
+        wanted = (group_index.shape[0], x.shape[1])
+        check(op, weight_scale.shape == wanted, f"weight_scale must be {list(wanted)}, not {list(weight_scale.shape)}")
+        weight_scale = weight_scale.repeat_interleave(group_index, 0)
+    else:
+        _row(op, "weight_scale", weight_scale, x.shape[1])
     _row(op, "quant_scale", quant_scale, x.shape[1] // 2)
     sums = x if bias is None else x + bias
     y = _swiglu(sums.float() * weight_scale * activation_scale.unsqueeze(-1), activate_left)

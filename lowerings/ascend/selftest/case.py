@@ -68,11 +68,13 @@ class Case:
         op: qualified name in the table.
         label: dtypes, shapes and modes, for people.
         make: the recipe.
+        meaningless: results that say nothing in such a call.
     """
 
     op: str
     label: str
     make: Callable[[Inputs], Arguments]
+    meaningless: tuple[str, ...] = ()
 
     def arguments(self) -> dict[str, Any]:
         """The arguments, made anew: equal at every call, and nobody else's to mutate."""
