@@ -73,7 +73,8 @@ score = any_of(
     sigmoid(scored).as_("score.sigmoid"),
     sqrt(torch_op("softplus", scored, beta=1, threshold=20, overload="default", tensors="self")).as_("score.sqrt_softplus"),
 )
-scores = opt_cast(rows(any_of(score, anything().as_("unscored")))).as_("scores")  # other scores are matched to name them
+unscored = anything().where(lambda value: value.ndim > 1, "the scores are one row for all tokens").as_("unscored")
+scores = opt_cast(rows(any_of(score, unscored))).as_("scores")  # other scores are matched to name them
 
 
 def chosen_by(values: Pattern) -> Pattern:
@@ -238,11 +239,11 @@ def check_gating(m: Match) -> Reject | None:
     if "sparse_mixer" in m:
         return Reject("each expert is weighted by a softmax of the logits near its own (a sparse mixer), which no fused op has", m["best"])
     topk = m["topk"]
+    if "other" in m and m["other"] is not m.get("scores"):
+        return Reject("the weights are not made of the scores that the choice goes by", m["other"], 1)
     if "unscored" in m:
         made = describe(m["unscored"])
         return Reject(f"the scores are made by {made}; fused ops have softmax, sigmoid and the root of softplus of the logits", m["unscored"])
-    if "other" in m:
-        return Reject("the weights are not made of the scores that the choice goes by", m["other"])
     if not is_choice_of_experts(topk):
         return Reject("not a router: the choice is not among a fixed number of experts", topk)
     if "bias" in m and not _is_per_expert(m["bias"], topk):
