@@ -6,6 +6,7 @@ if __name__ != "npu_fusion.patterns":
 from . import (
     attention,  # noqa: F401
     experts,  # noqa: F401
+    experts_dense,  # noqa: F401
     experts_gathered,  # noqa: F401
     glu,  # noqa: F401
     int4_linear,  # noqa: F401

@@ -98,6 +98,8 @@ class Materializer:
             return self._call(aten.slice.Tensor, args[0], attrs["dim"], *bounds)
         if op == "cat":
             return self._call(aten.cat.default, args, attrs["dim"])
+        if op == "gather":
+            return self._call(aten.gather.default, args[0], attrs["dim"], args[1])
         if op in ("view_as_real", "view_as_complex"):
             return self._call(getattr(aten, op).default, args[0])
         if op in ("mean", "sum"):
