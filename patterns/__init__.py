@@ -8,6 +8,7 @@ from . import (
     experts,  # noqa: F401
     experts_dense,  # noqa: F401
     experts_gathered,  # noqa: F401
+    experts_loop,  # noqa: F401
     glu,  # noqa: F401
     int4_linear,  # noqa: F401
     matmul,  # noqa: F401

@@ -75,9 +75,9 @@ def combined(matrix: Value) -> Combined | None:
             continue
         if "choice" in state.bindings and ids.args[0] is not state.bindings["choice"]:
             continue
-        if ids.ndim == 2 and known_equal(ids.shape[0], matrix.shape[0]):
-            if weights is None or same_shape(weights.shape, ids.shape):
-                return Combined(matrix, ids, weights)
+        paired = weights is None or same_shape(weights.shape, ids.shape)
+        if paired and ids.ndim == 2 and known_equal(ids.shape[0], matrix.shape[0]):
+            return Combined(matrix, ids, weights)
     return None
 
 

@@ -227,11 +227,12 @@ def rewrite_dense(m: Match) -> Call:
 
 def _weighted_tokens(m: Match, x: Value, weights: Value) -> tuple[Value, Value]:
     """Each token times its weight, in the type of the model's own product, and ones as weights."""
-    canon, product = m.view.canon, _base(m["rows_of_gate_up"])
-    tokens = canon.binary("mul", canon.cast(x, product.dtype), canon.cast(weights, product.dtype), x.shape)
+    canon, dtype = m.view.canon, _base(m["rows_of_gate_up"]).dtype
+    assert dtype is not None
+    tokens = canon.binary("mul", canon.cast(x, dtype), canon.cast(weights, dtype), x.shape)
     device = next(value.node.meta["val"].device for value in (m["results"], m["first"], m["gate_up"]) if value.node is not None)
     attrs = {"value": 1.0, "shape": weights.shape, "device": device}
-    return canon.cast(tokens, m["gate_up"].dtype), m.view.table.intern("full", (), attrs, weights.shape, x.dtype)
+    return tokens, m.view.table.intern("full", (), attrs, weights.shape, dtype)
 
 
 DENSE_EXPERTS = Rule(

@@ -243,7 +243,9 @@ def check_gating(m: Match) -> Reject | None:
         return Reject("the weights are not made of the scores that the choice goes by", m["other"], 1)
     if "unscored" in m:
         made = describe(m["unscored"])
-        return Reject(f"the scores are made by {made}; fused ops have softmax, sigmoid and the root of softplus of the logits", m["unscored"])
+        return Reject(
+            f"the scores are made by {made}; fused ops have softmax, sigmoid and the root of softplus of the logits", m["unscored"]
+        )
     if not is_choice_of_experts(topk):
         return Reject("not a router: the choice is not among a fixed number of experts", topk)
     if "bias" in m and not _is_per_expert(m["bias"], topk):

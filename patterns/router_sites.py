@@ -1,4 +1,4 @@
-"""What looks like a router, whether a rule takes it or not: a choice of few among a model's experts, by scores or with scores of the chosen.
+"""What looks like a router, whether a rule takes it or not: a choice of few of many experts, by scores or to be scored.
 
 The sites of the report come from here, so that a router which no fused op computes is named with its reason and not passed over.
 """

