@@ -58,6 +58,8 @@ weight = opt_cast(
     any_of(
         opt_view(sum_(opt_cast(of_chosen)).as_("by_number"), "reshape"),
         opt_view(sliced(var("matrix"), dim=LAST_DIM, start=AttrAs("column"), step=1).as_("by_column"), "reshape"),
+        # matrix[:, e] without its dimension: every E-th number of all
+        opt_view(sliced(reshape(var("matrix")), dim=0, start=AttrAs("column"), step=AttrAs("stride")).as_("by_column"), "reshape"),
     )
 ).as_("factor")
 term = opt_cast(op("mul", opt_cast(result), weight, commutative=True).as_("products"))
@@ -115,8 +117,12 @@ def _number(term: Term) -> int | None:
     """Which expert's weight the term has."""
     b = term.bindings
     if "column" in b:
-        column = b["by_column"]
-        return b["column"] if isinstance(b["column"], int) and known_equal(column.shape[-1], 1) else None
+        number, column, experts = b["column"], b["by_column"], b["matrix"].shape[-1]
+        if "stride" in b:
+            single = column.ndim == 1 and known_equal(b["stride"], experts) and known_equal(column.attrs["stop"], column.args[0].shape[0])
+        else:
+            single = known_equal(column.shape[-1], 1)
+        return number if single and isinstance(number, int) else None
     number = b["number"].value
     return number if isinstance(number, int) and not isinstance(number, bool) else None
 
