@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from linecache import getlines
 from pathlib import PurePath
 
 from torch.fx import GraphModule
@@ -65,4 +66,9 @@ def _advice(reason: str, filename: str, line: str) -> str | None:
     """How to do without a break at this line of code: for experts that are looked up by numbers. None where there is nothing to say."""
     if not _BY_DATA.search(reason) or "expert" not in line.lower():
         return None
-    return _OF_TRANSFORMERS if "transformers" in PurePath(filename).parts else _OF_OTHERS
+    return _OF_TRANSFORMERS if _has_implementations(filename) else _OF_OTHERS
+
+
+def _has_implementations(filename: str) -> bool:
+    """Whether the experts of a file of transformers can be switched to another implementation: not those of every architecture can."""
+    return "transformers" in PurePath(filename).parts and any("use_experts_implementation" in line for line in getlines(filename))

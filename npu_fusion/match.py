@@ -49,7 +49,7 @@ class Match:
     def __getitem__(self, name: str) -> Any:
         return self.bindings[name]
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self.bindings
 
     def get(self, name: str, default: Any = None) -> Any:

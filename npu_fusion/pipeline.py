@@ -245,7 +245,8 @@ def _missed(
     for site, visited in find_gists(view, rule):
         if site in absorbed or visited & covered:
             continue
-        near = [failures[value] for value in (site, *visited) if value in failures]
+        parts = (user for user in site.users if user.op == "getitem")  # an op of several results is tried from them
+        near = [failures[value] for value in (site, *visited, *parts) if value in failures]
         best = max(near, key=lambda failure: failure.progress, default=None)
         reason = skipped.get(site) or (best.reason if best else "no value that the pattern could end at uses this one")
         node = _node_near(best.value if best and best.value is not None else site) or _node_near(site)

@@ -6,9 +6,11 @@ if __name__ != "npu_fusion.patterns":
 from . import (
     attention,  # noqa: F401
     experts,  # noqa: F401
+    experts_dense,  # noqa: F401
     experts_gathered,  # noqa: F401
     experts_int8,  # noqa: F401
     experts_int8_gathered,  # noqa: F401
+    experts_loop,  # noqa: F401
     experts_weight_only,  # noqa: F401
     glu,  # noqa: F401
     int4_linear,  # noqa: F401

@@ -7,7 +7,8 @@ The canonical view has made `silu`, `gelu` and `sigmoid` of what models write by
 
 from __future__ import annotations
 
-from npu_fusion.match import Match
+from collections.abc import Container
+
 from npu_fusion.pattern import Pattern, any_of, anything, erf, gelu, lit, op_any_args, opt_cast, prod, relu, sigmoid, silu, square, tanh
 from npu_fusion.view import Value
 
@@ -51,7 +52,7 @@ def why_not(other: Value) -> str:
     )
 
 
-def activation_of(m: Match) -> str:
+def activation_of(m: Container[str]) -> str:
     """The name of the activation that the match found; a match without one is of a silu spread over a product."""
     return next((name for name in NAMES if f"activation.{name}" in m), "silu")
 

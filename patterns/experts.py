@@ -35,7 +35,7 @@ from npu_fusion.pattern import (
     var,
 )
 from npu_fusion.rule import Call, Reject, Rule, register_builtin
-from npu_fusion.view import Value
+from npu_fusion.view import Form, Value
 from npu_fusion.view.shapes import known_equal, product, same_shape
 
 from .activation import activation, activation_of
@@ -201,8 +201,12 @@ _UNIT = ("activation", "layout", "alpha", "gate_limit", "up_limit", "up_offset",
 
 def unit_arguments(m: Match) -> dict[str, Any]:
     """What `moe_experts` must know of the gated unit that the match absorbs."""
-    unit = m.form("unit").args
-    return {name: unit[name] for name in _UNIT if unit.get(name) is not None}
+    return unit_of(m.form("unit"))
+
+
+def unit_of(form: Form) -> dict[str, Any]:
+    """What `moe_experts` must know of a gated unit."""
+    return {name: form.args[name] for name in _UNIT if form.args.get(name) is not None}
 
 
 def routing_arguments(m: Match, x: Value) -> dict[str, Any]:

@@ -42,14 +42,13 @@ from npu_fusion.pattern import (
     var,
 )
 from npu_fusion.pattern.core import Named
+from npu_fusion.pattern.values import describe
 from npu_fusion.rule import Call, Reject, Rule, register_builtin
 from npu_fusion.view import Value
 from npu_fusion.view.canon_views import only_leading_ones
 from npu_fusion.view.shapes import known_equal, same_shape
 
-MOST_EXPERTS = 2048
-"""Softmax and top-k over more than that is sampling from a vocabulary, not a router."""
-MOST_CHOSEN = 64
+from .router_sites import chooses_by_scores, is_choice_of_experts
 
 LAST_DIM = AttrIs("the last dimension", lambda dim, value: dim in (-1, value.args[0].ndim - 1))
 FIRST = AttrIs("0", lambda index, value: index == 0)
@@ -74,7 +73,8 @@ score = any_of(
     sigmoid(scored).as_("score.sigmoid"),
     sqrt(torch_op("softplus", scored, beta=1, threshold=20, overload="default", tensors="self")).as_("score.sqrt_softplus"),
 )
-scores = opt_cast(rows(score)).as_("scores")
+unscored = anything().where(lambda value: value.ndim > 1, "the scores are one row for all tokens").as_("unscored")
+scores = opt_cast(rows(any_of(score, unscored))).as_("scores")  # other scores are matched to name them
 
 
 def chosen_by(values: Pattern) -> Pattern:
@@ -171,7 +171,8 @@ taken_logits = opt_cast(
 late_softmax = softmax(taken_logits, dim=AttrIs("the last dimension", lambda dim, value: dim == value.ndim - 1)).as_("late.softmax")
 late_score = any_of(late_softmax, sigmoid(taken_logits).as_("late.sigmoid"))
 
-taken = opt_cast(any_of(taken_scores, late_score))
+other_than_scores = gathered(anything().as_("other"), indices_of(chosen_by(by_score)))  # matched to name it
+taken = opt_cast(any_of(taken_scores, late_score, other_than_scores))
 
 
 def divided(weights: Pattern) -> Pattern:
@@ -212,21 +213,39 @@ dense_weights = torch_op(
     "scatter", full(0), op("getitem", anything(), index=1), weights, dim=LAST_DIM, overload="src", tensors="self index src"
 ).as_("dense")
 
-gating = any_of(weights, dense_sigmoid, dense_weights)
+# Phi-3.5-MoE's sparse mixer: the best expert, weighted by a softmax of only those logits that come near its own; then the second best.
+near_best = softmax(opt_cast(op("where", anything(), float("-inf"), anything())))
+sparse_mixer = gathered(
+    opt_cast(near_best.where(lambda value: not _is_second(value), "the second expert of a sparse mixer")),
+    op_any_args("argmax").as_("best"),
+).as_("sparse_mixer")
+
+gating = any_of(weights, dense_sigmoid, dense_weights, sparse_mixer)
 
 
 # -------------------------------------------------------------------- what is a router
 
 
-def is_choice_of_experts(topk: Value) -> bool:
-    """Whether a top-k chooses few of so many as a model has experts."""
-    many, few = topk.args[0].shape[-1], topk.attrs["k"]
-    return isinstance(many, int) and isinstance(few, int) and 1 < many <= MOST_EXPERTS and 0 < few <= min(many, MOST_CHOSEN)
+def _is_second(near: Value) -> bool:
+    """Whether a softmax of masked logits leaves out an expert that was chosen before: it is written as -inf into them."""
+    masked = near.args[0]
+    while masked.op == "cast":
+        masked = masked.args[0]
+    return masked.args[2].op == "scatter"
 
 
 def check_gating(m: Match) -> Reject | None:
     """The choice is one of experts, its weights are plain scores, its bias is one an expert, and its groups are equal parts."""
+    if "sparse_mixer" in m:
+        return Reject("each expert is weighted by a softmax of the logits near its own (a sparse mixer), which no fused op has", m["best"])
     topk = m["topk"]
+    if "other" in m and m["other"] is not m.get("scores"):
+        return Reject("the weights are not made of the scores that the choice goes by", m["other"], 1)
+    if "unscored" in m:
+        made = describe(m["unscored"])
+        return Reject(
+            f"the scores are made by {made}; fused ops have softmax, sigmoid and the root of softplus of the logits", m["unscored"]
+        )
     if not is_choice_of_experts(topk):
         return Reject("not a router: the choice is not among a fixed number of experts", topk)
     if "bias" in m and not _is_per_expert(m["bias"], topk):
@@ -346,9 +365,10 @@ MOE_GATING = Rule(
     rewrite=rewrite_gating,
     produces="moe_gating",
     idioms={"router": "topk"},
-    gist=chosen_by(any_of(opt_cast(rows(scores)) + anything(), scores))
-    .where(is_choice_of_experts, "not among a fixed number of experts")
-    .as_("site"),
+    gist=any_of(
+        op_any_args("topk").where(chooses_by_scores, "no choice of experts").as_("site"),
+        any_of(sparse_mixer).as_("site"),
+    ),
 )
 
 register_builtin(MOE_GATING)

@@ -33,6 +33,8 @@ class Canon(ViewCanon):
                 return x.args[0]
             if x.op == "cast" and _is_floating(x.args[0]):
                 return self.cast(self.unary("neg", x.args[0]), x.attrs["dtype"])
+        if op == "exp" and x.op == "log_softmax" and _is_wide(x):
+            return self.softmax(x.args[0], x.attrs["dim"])
         if op == "square":
             if x.op == "sqrt":
                 return x.args[0]
@@ -164,6 +166,8 @@ class Canon(ViewCanon):
             return self._add(a, negated, shape)
         if is_number(a, 0) and same_shape(b.shape, shape):
             return self.unary("neg", b)
+        if b.op == "logsumexp" and b.args[0] is a and len(b.attrs["dims"]) == 1 and _is_wide(a):
+            return self.table.intern("log_softmax", (a,), {"dim": b.attrs["dims"][0]}, a.shape, a.dtype)
         return self._emit("sub", a, b, shape, commutative=False)
 
     def _mul(self, a: Value, b: Value, shape: Shape) -> Value:
@@ -210,14 +214,10 @@ class Canon(ViewCanon):
         return self._emit("div", a, b, shape, commutative=False)
 
     def _as_softmax(self, a: Value, b: Value) -> Value | None:
-        """exp(x - max(x)) / sum(exp(x - max(x))) is softmax(x)."""
+        """exp(x) / sum(exp(x)) is softmax(x); so is it of x less what all its inputs have in common, as `softmax` finds."""
         if a.op != "exp" or b.op != "sum" or b.args[0] is not a or len(b.attrs["dims"]) != 1:
             return None
-        x = a.args[0]
-        dim = b.attrs["dims"][0]
-        if x.op == "sub" and x.args[1].op == "amax" and x.args[1].args[0] is x.args[0] and x.args[1].attrs["dims"] == (dim,):
-            return self.softmax(x.args[0], dim)
-        return None
+        return self.softmax(a.args[0], b.attrs["dims"][0])
 
     def power(self, x: Value, exponent: Value, shape: Shape) -> Value:
         number = number_of(exponent)
@@ -353,3 +353,8 @@ def _is_zeros(x: Value) -> bool:
 
 def _reduced_size(total: Value) -> Dim:
     return product(total.args[0].shape[d] for d in total.attrs["dims"])
+
+
+def _is_wide(x: Value) -> bool:
+    """Whether a logarithm kept in x's type gives back what it is of to an ulp or so: not in half precision."""
+    return x.dtype in (torch.float32, torch.float64)

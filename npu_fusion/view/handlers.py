@@ -210,7 +210,7 @@ def _filled(b: ViewBuilder, node: Node, number: Any) -> Value | None:
 # -------------------------------------------------------------------- reductions and products
 
 
-@handles("mean", "sum", "amax", "amin")
+@handles("mean", "sum", "amax", "amin", "logsumexp")
 def _reduce(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     dims = args[1] if len(args) > 2 else None
     keepdim = bool(args[2]) if len(args) > 2 else False
@@ -260,6 +260,12 @@ def _softmax(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     if _name(node) == "_safe_softmax":  # zeros, not NaN, where everything is -inf: another value
         return b.table.intern("softmax", (x,), {"dim": normal_dim(args[1], x.ndim), "safe": True}, x.shape, x.dtype)
     return b.canon.softmax(x, args[1])
+
+
+@handles("_log_softmax", "log_softmax")
+def _log_softmax(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
+    shape, dtype = meta_of(node)
+    return b.table.intern("log_softmax", (b.cast_operand(args[0], dtype),), {"dim": normal_dim(args[1], len(shape))}, shape, dtype)
 
 
 @handles(

@@ -19,7 +19,8 @@ from .value import Dim, Value
 aten = torch.ops.aten
 
 _UNARY = {name: getattr(aten, name).default for name in "neg sqrt rsqrt reciprocal exp tanh sigmoid silu relu cos sin".split()}
-_DIRECT = {**_UNARY, "matmul": aten.matmul.default}
+_COMPLEX = {name: getattr(aten, name).default for name in ("view_as_real", "view_as_complex")}
+_DIRECT = {**_UNARY, **_COMPLEX, "matmul": aten.matmul.default}
 _ARITHMETIC = {
     sympy.Add: operator.add,
     sympy.Mul: operator.mul,
@@ -98,8 +99,8 @@ class Materializer:
             return self._call(aten.slice.Tensor, args[0], attrs["dim"], *bounds)
         if op == "cat":
             return self._call(aten.cat.default, args, attrs["dim"])
-        if op in ("view_as_real", "view_as_complex"):
-            return self._call(getattr(aten, op).default, args[0])
+        if op == "gather":
+            return self._call(aten.gather.default, args[0], attrs["dim"], args[1])
         if op in ("mean", "sum"):
             return self._call(getattr(aten, op).dim_IntList if op == "sum" else aten.mean.dim, args[0], list(attrs["dims"]), True)
         if op == "square":

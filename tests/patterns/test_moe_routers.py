@@ -381,3 +381,60 @@ def test_exact_rounding_refuses_what_the_model_rounds_between() -> None:
     assert "renormalize" not in call_of(fused_within_contract(Router(choose), tokens(), config=exact))
     assert call_of(fused_within_contract(Router(choose), tokens()))["score_dtype"] is BF16
     assert call_of(fused_within_contract(Router(mixtral), tokens(), config=exact))["renormalize"]
+
+
+# -------------------------------------------------------------------- routers that no fused op computes
+
+
+def by_log_sum(x: Tensor) -> Tensor:
+    return torch.exp(x - torch.logsumexp(x, -1, keepdim=True))
+
+
+def by_exponentials(x: Tensor) -> Tensor:
+    best = torch.exp(x - x.max(-1, keepdim=True).values)
+    return best / best.sum(-1).unsqueeze(-1)
+
+
+def scored_by(score: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Choice]:
+    def choose(logits: Tensor, bias: Tensor) -> Choice:
+        weights, chosen = torch.topk(score(logits.float()), K, dim=-1)
+        return weights / weights.sum(-1, keepdim=True), chosen
+
+    return choose
+
+
+@pytest.mark.parametrize("score", [by_log_sum, by_exponentials, lambda x: torch.log_softmax(x, -1).exp()])
+def test_a_softmax_may_be_written_out(score: Callable[[Tensor], Tensor]) -> None:
+    report = fused_within_contract(Router(scored_by(score)), tokens())
+    assert report.idioms["router"] == 1
+    assert call_of(report)["renormalize"]
+
+
+def inkling(logits: Tensor, bias: Tensor) -> Choice:
+    """The weights are divided by a sum that has experts in it which nobody chose."""
+    routed = logits[:, :-2].float()
+    chosen = torch.topk(routed.sigmoid() + bias[:-2], K, dim=-1)[1]
+    scores = torch.cat([routed.gather(1, chosen), logits[:, -2:].float()], -1).sigmoid()
+    return (scores / scores.sum(-1, keepdim=True))[:, :K], chosen
+
+
+def sparse_mixer(logits: Tensor, bias: Tensor) -> Choice:
+    best, chosen = logits.max(-1, keepdim=True)
+    far = (best - logits) / logits.abs().clamp(min=best) > 0.02
+    return torch.softmax(logits.masked_fill(far, float("-inf")), -1).gather(-1, chosen), chosen
+
+
+@pytest.mark.parametrize(
+    ("choose", "reason"),
+    [
+        (scored_by(lambda x: torch.softmax(x, -1) ** 2), "the scores are made by square"),
+        (scored_by(lambda x: x.exp() / (x.exp().sum(-1, keepdim=True) + 1)), "the scores are made by div"),
+        (inkling, "the weights are not made of the scores"),
+        (sparse_mixer, "a sparse mixer"),
+        (other_dim, ""),
+    ],
+)
+def test_every_router_is_in_the_report(choose: Callable[[Tensor, Tensor], Choice], reason: str) -> None:
+    _, report = fused(Router(choose), tokens())
+    assert [site.idiom for site in report.missed] == ["router"]
+    assert reason in (report.missed[0].reason or "")
