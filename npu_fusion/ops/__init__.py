@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..semantic import SemanticOp, semantic_ops
-from . import attention, experts, glu, matmul, mla, moe, moe_collectives, norm, norm_quant, quant, rope, weight_only
+from . import attention, experts, glu, matmul, mla, moe, moe_collectives, moe_fused, norm, norm_quant, quant, rope, weight_only
 
 __all__ = [
     "OpRow",
@@ -20,6 +20,7 @@ __all__ = [
     "mla",
     "moe",
     "moe_collectives",
+    "moe_fused",
     "norm",
     "norm_quant",
     "op_table",

@@ -71,7 +71,7 @@ def _check_experts(
         check_sizes(op, "up", up.shape, gate_up.shape)
 
 
-def _grouped(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+def grouped_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """x [S, K], rows sorted by expert, times the matrix [K, N] of each row's expert; rows of no expert hold anything."""
     if x.device.type == "cpu":
         y = x.new_zeros(x.shape[0], matrices.shape[2])
@@ -166,7 +166,7 @@ def moe_experts(
     expert_of = ordered.clamp_max(experts - 1)
 
     def linear(source: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
-        y = _grouped(source, matrices, ends)
+        y = grouped_product(source, matrices, ends)
         return y if bias is None else y + bias[expert_of]
 
     chosen = x[order // k]

@@ -51,6 +51,7 @@ def _check_dispatch(
     _FAMILY,
     "(Tensor x, Tensor ids, Tensor weights, Tensor? active=None, Tensor? placement=None, *, str group, int ranks, int experts, "
     "SymInt max_tokens, str quant='none') -> (Tensor, Tensor, Tensor, Tensor)",
+    ordered=True,
 )
 def moe_dispatch(
     x: Tensor,
@@ -114,7 +115,7 @@ def _(
     x: Tensor, ids: Tensor, weights: Tensor, active: Tensor | None = None, placement: Tensor | None = None, *, group: str, ranks: int,
     experts: int, max_tokens: Size, quant: str = "none",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    _keep_order()
+    keep_order_in_inductor()
     _check_dispatch(x, ids, weights, active, placement, ranks, experts, max_tokens, quant)
     (tokens, hidden), top_k, local = x.shape, ids.shape[1], experts // ranks
     rows = plan.expanded_rows(ranks, max_tokens, top_k, local)
@@ -143,6 +144,7 @@ def _check_combine(x: Tensor, ids: Tensor, weights: Tensor, handle: Tensor, rank
     _FAMILY,
     "(Tensor x, Tensor ids, Tensor weights, Tensor handle, Tensor? active=None, Tensor? placement=None, Tensor? shared=None, *, "
     "str group, int ranks, int experts, SymInt max_tokens) -> Tensor",
+    ordered=True,
 )
 def moe_combine(
     x: Tensor,
@@ -196,12 +198,12 @@ def _(
     x: Tensor, ids: Tensor, weights: Tensor, handle: Tensor, active: Tensor | None = None, placement: Tensor | None = None,
     shared: Tensor | None = None, *, group: str, ranks: int, experts: int, max_tokens: Size,
 ) -> Tensor:  # fmt: skip
-    _keep_order()
+    keep_order_in_inductor()
     _check_combine(x, ids, weights, handle, ranks, experts, max_tokens)
     return x.new_empty((ids.shape[0], x.shape[1]))
 
 
-@semantic_op(_FAMILY, "(Tensor x, Tensor route, *, str group, int ranks, SymInt max_tokens) -> Tensor")
+@semantic_op(_FAMILY, "(Tensor x, Tensor route, *, str group, int ranks, SymInt max_tokens) -> Tensor", ordered=True)
 def moe_send_rows(x: Tensor, route: Tensor, *, group: str, ranks: int, max_tokens: int) -> Tensor:
     """Send rows where a dispatch sent them: its movement by itself, and the backward of `moe_return_rows`.
 
@@ -229,11 +231,11 @@ def moe_send_rows(x: Tensor, route: Tensor, *, group: str, ranks: int, max_token
 
 @moe_send_rows.fake
 def _(x: Tensor, route: Tensor, *, group: str, ranks: int, max_tokens: Size) -> Tensor:
-    _keep_order()
+    keep_order_in_inductor()
     return x.new_empty((ranks * max_tokens, x.shape[1]))
 
 
-@semantic_op(_FAMILY, "(Tensor x, Tensor route, *, str group, int ranks, SymInt max_tokens) -> Tensor")
+@semantic_op(_FAMILY, "(Tensor x, Tensor route, *, str group, int ranks, SymInt max_tokens) -> Tensor", ordered=True)
 def moe_return_rows(x: Tensor, route: Tensor, *, group: str, ranks: int, max_tokens: int) -> Tensor:
     """Send rows home and add up those of each token: a combine's movement by itself, and the backward of `moe_send_rows`.
 
@@ -260,7 +262,7 @@ def moe_return_rows(x: Tensor, route: Tensor, *, group: str, ranks: int, max_tok
 
 @moe_return_rows.fake
 def _(x: Tensor, route: Tensor, *, group: str, ranks: int, max_tokens: Size) -> Tensor:
-    _keep_order()
+    keep_order_in_inductor()
     return x.new_empty((route.shape[0], x.shape[1]))
 
 
@@ -337,9 +339,9 @@ def _differentiable(op: SemanticOp, backward: Any, setup: Any) -> None:
     torch_private.keep_order(op.overload)
 
 
-def _keep_order() -> None:
+def keep_order_in_inductor(*ops: SemanticOp) -> None:
     """For fake kernels: whatever compiles a graph runs them first, Inductor too, which is imported by then if it is to be used."""
-    torch_private.keep_order_in_inductor([op.overload for op in (moe_dispatch, moe_combine, moe_send_rows, moe_return_rows)])
+    torch_private.keep_order_in_inductor([op.overload for op in (moe_dispatch, moe_combine, moe_send_rows, moe_return_rows, *ops)])
 
 
 _differentiable(moe_dispatch, _dispatch_backward, _dispatch_setup)
