@@ -159,6 +159,7 @@ GROUPED_LINEAR = Rule(
     check=check_grouped,
     rewrite=rewrite_grouped,
     produces="grouped_linear",
+    hidden_launches=1,  # of what sets the groups up
 )
 
 # -------------------------------------------------------------------- a layer's experts as a whole

@@ -24,6 +24,11 @@ from ._common import Size, check_choice, check_floating, check_index, check_rank
 _FAMILY = "moe"
 
 
+def _on_ascend(x: Tensor, ranks: int) -> bool:
+    """Whether torch_npu's ops make the calls: they are for two ranks and more."""
+    return x.device.type == "npu" and ranks > 1
+
+
 def _check_layout(op: str, ranks: int, experts: int, tokens: Size, max_tokens: Size) -> None:
     check_value(op, ranks >= 1 and experts % ranks == 0, f"{experts} experts cannot be shared equally by {ranks} ranks")
     too_many = isinstance(tokens, int) and isinstance(max_tokens, int) and tokens > max_tokens
@@ -101,8 +106,8 @@ def moe_dispatch(
     """
     _check_dispatch(x, ids, weights, active, placement, ranks, experts, max_tokens, quant)
     members = resolve(group, ranks)
-    if x.device.type == "npu":
-        return ascend.dispatch(x, ids, weights, members, experts, max_tokens, active, placement, quant)
+    if _on_ascend(x, ranks):
+        return ascend.dispatch(x, ids, weights, ascend.place_of(members), experts, max_tokens, active, placement, quant)
     slots = ids
     if active is not None or placement is not None:
         slots = plan.physical_experts(ids, experts, active, placement, members.rank)
@@ -120,7 +125,7 @@ def _(
     (tokens, hidden), top_k, local = x.shape, ids.shape[1], experts // ranks
     rows = plan.expanded_rows(ranks, max_tokens, top_k, local)
     dtype = x.dtype if quant == "none" else quantized.FORMATS[quant][0]
-    size = ascend.handle_size(rows, ranks, experts) if x.device.type == "npu" else Handle.size(tokens, top_k, ranks * max_tokens)
+    size = ascend.handle_size(rows, ranks, experts) if _on_ascend(x, ranks) else Handle.size(tokens, top_k, ranks * max_tokens)
     return (
         x.new_empty((rows, hidden), dtype=dtype),
         x.new_empty((rows,), dtype=torch.float32),
@@ -184,8 +189,9 @@ def moe_combine(
     """
     _check_combine(x, ids, weights, handle, ranks, experts, max_tokens)
     members = resolve(group, ranks)
-    if x.device.type == "npu":
-        return ascend.combine(x, ids, weights, handle, members, experts, max_tokens, active, placement, shared)
+    if _on_ascend(x, ranks):
+        parts = ascend.split_handle(handle, x.shape[0], experts)
+        return ascend.combine(x, ids, weights, *parts, ascend.place_of(members), experts, max_tokens, active, placement, shared)
     known = Handle.unpacked(handle, ids.shape[0], ids.shape[1], ranks * max_tokens)
     total = transport_of(members, x.device).combine(x.contiguous(), known, max_tokens)
     if shared is not None:
@@ -292,7 +298,7 @@ def _dispatch_backward(ctx: Any, rows: Tensor, *_: Tensor) -> tuple[Tensor | Non
 
 def _combine_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
     x, ids, _, handle = inputs[:4]
-    if x.device.type == "npu" and any(ctx.needs_input_grad):
+    if _on_ascend(x, keyword_only_inputs["ranks"]) and any(ctx.needs_input_grad):
         raise ValueError("moe_combine: there is no gradient on Ascend, whose handle is opaque")
     shared = inputs[6]
     ctx.form, ctx.shape, ctx.shared = keyword_only_inputs, tuple(ids.shape), shared is not None and shared.requires_grad
