@@ -146,9 +146,10 @@ def _choices(
     return _Choices(filled, counting, counting if masked else None, tokens, extra)
 
 
-def split_handle(handle: Tensor, rows: int, experts: int) -> list[Tensor]:
+def split_handle(handle: Tensor, rows: int, experts: int) -> tuple[Tensor, Tensor]:
     """The assist info and the numbers of rows in a handle."""
-    return list(handle.split([rows * ASSIST_WORDS, experts]))
+    assist, received = handle.split([rows * ASSIST_WORDS, experts])
+    return assist, received
 
 
 def dispatch(

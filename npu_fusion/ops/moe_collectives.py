@@ -190,8 +190,9 @@ def moe_combine(
     _check_combine(x, ids, weights, handle, ranks, experts, max_tokens)
     members = resolve(group, ranks)
     if _on_ascend(x, ranks):
-        parts = ascend.split_handle(handle, x.shape[0], experts)
-        return ascend.combine(x, ids, weights, *parts, ascend.place_of(members), experts, max_tokens, active, placement, shared)
+        assist, received = ascend.split_handle(handle, x.shape[0], experts)
+        place = ascend.place_of(members)
+        return ascend.combine(x, ids, weights, assist, received, place, experts, max_tokens, active, placement, shared)
     known = Handle.unpacked(handle, ids.shape[0], ids.shape[1], ranks * max_tokens)
     total = transport_of(members, x.device).combine(x.contiguous(), known, max_tokens)
     if shared is not None:
