@@ -64,8 +64,9 @@ def block(x: Tensor, stream: Tensor, logits: Tensor, gate_up: Tensor, down: Tens
     ends = sent.counts.cumsum(0).to(torch.int32)
     gate, up = torch._grouped_mm(sent.rows, gate_up, ends).chunk(2, -1)
     y = moe.combine(torch._grouped_mm(torch.nn.functional.silu(gate) * up, down, ends), sent)
-    total = (stream + y.view(stream.shape)).float()
-    return weight * (total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype), total.to(x.dtype)
+    total = stream + y.view(stream.shape)
+    wide = total.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype), total
 
 
 @pytest.mark.parametrize("executor", ["graph", "npugraph_ex"])
