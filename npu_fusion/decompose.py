@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -39,22 +40,42 @@ def emit_parts(op: SemanticOp, call: Node, emit: Emit, results: Callable[[Node, 
     Raises:
         NoParts: its reference reads something that is no argument and no result of an op.
     """
-    recorder = _Recorder(call, emit, results)
-    args, kwargs = tree_map(recorder.value, (tuple(call.args), dict(call.kwargs)))
+    return emit_calls(op.reference, call.args, call.kwargs, emit, results)
+
+
+def emit_calls(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    emit: Emit,
+    results: Callable[[Node, int], Sequence[Node]],
+) -> Node | list[Node]:
+    """Emit the calls that a function of tensors makes, given nodes in their place.
+
+    Args:
+        args, kwargs: the function's arguments: nodes, or values of their own.
+        function, emit, results: as for `emit_parts`, with the function in place of the op's reference.
+
+    Returns, Raises: as `emit_parts`.
+    """
+    given: list[Node] = []
+    map_arg((tuple(args), dict(kwargs)), given.append)
+    recorder = _Recorder(list(dict.fromkeys(given)), emit, results)
+    args, kwargs = tree_map(recorder.value, (tuple(args), dict(kwargs)))
     with recorder:
-        found = op.reference(*args, **kwargs)
+        found = function(*args, **kwargs)
     return recorder.node(found) if isinstance(found, Tensor) else [recorder.node(value) for value in found]
 
 
 class _Recorder(TorchDispatchMode):
     """Emits what is called while it is on; keeps which node has which value."""
 
-    def __init__(self, call: Node, emit: Emit, results: Callable[[Node, int], Sequence[Node]]) -> None:
+    def __init__(self, nodes: Sequence[Node], emit: Emit, results: Callable[[Node, int], Sequence[Node]]) -> None:
         super().__init__()
         self._emit, self._results = emit, results
         self._nodes: dict[int, Node] = {}
         self._values: list[Any] = []  # kept, so that no other gets their identity
-        for node in call.all_input_nodes:
+        for node in nodes:
             known = self._nodes.get(_identity(node.meta["val"]))
             if known is not None:
                 raise NoParts(f"{known} and {node} are one tensor")
@@ -80,12 +101,26 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default:  # a question, no call
+            return func(*args)
         args, kwargs = tree_map(self.node, (tuple(args), dict(kwargs or {})))
+        if func is torch.ops.aten.detach.default:  # nothing here records gradients
+            return self._result(args[0])
         node = self._emit(func, *args, **kwargs)
         value = node.meta["val"]
         if isinstance(value, (tuple, list)):
-            return tuple(self._keep(result) for result in self._results(node, len(value)))
-        return self._keep(node)
+            return tuple(self._result(result) for result in self._results(node, len(value)))
+        return self._result(node)
+
+    def _result(self, node: Node) -> Any:
+        """What a call returns for a node: a tensor of its own, also where the node was there already."""
+        value = node.meta["val"]
+        if not isinstance(value, Tensor):
+            return self._keep(node)
+        fresh = value.detach()
+        self._nodes[_identity(fresh)] = node
+        self._values.append(fresh)
+        return fresh
 
 
 def _identity(value: Any) -> int:

@@ -31,7 +31,7 @@ from .lift import restore
 from .metadata import Metadata
 from .provenance import PROVENANCE
 from .record import GraphRecord
-from .semantic import SemanticOp, find_semantic_op, parts_of
+from .semantic import SemanticOp, find_semantic_op, parts_of, reference_launches
 from .torch_private import fake_mode_of, without_fake
 from .view.shapes import known_equal, known_ge, same_shape, size_facts, to_dim, to_shape
 from .view.value import attribute_key
@@ -120,17 +120,18 @@ def providers_of(op: str, target: str) -> list[Provider]:
 
 
 def launches_of(op: str, config: FusionConfig, dry_run: bool) -> int:
-    """How many kernels a call of a semantic op is expected to launch on the target: what its best provider says, 1 without any.
+    """How many kernels a call of a semantic op is expected to launch on the target: what its best provider says, or its reference.
 
-    An op of several parts that nothing computes is taken apart where something computes one of these, and counts as they do.
+    An op of several parts that nothing computes is taken apart where something computes one of these, and counts as they do; unless it says
+    how many its reference launches, being of no use but as a whole.
     """
     best = _best_provider(op, config, dry_run)
     if best is not None:
         return best.launches
-    parts = parts_of(op)
-    if any(_best_provider(part, config, dry_run) is not None for part in parts):
+    declared, parts = reference_launches(op), parts_of(op)
+    if declared == 1 and any(_best_provider(part, config, dry_run) is not None for part in parts):
         return sum(launches_of(part, config, dry_run) for part in parts)
-    return 1
+    return declared
 
 
 def _best_provider(op: str, config: FusionConfig, dry_run: bool) -> Provider | None:

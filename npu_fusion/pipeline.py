@@ -22,6 +22,7 @@ from .record import GraphRecord, Site
 from .rewrite import Applied, RewriteResult, output_nodes, rewrite
 from .rule import Rule, rules_of
 from .select import Candidate, Operation, select
+from .semantic import is_ordered
 from .simplify import merge_equal
 from .torch_private import fake_mode_of, lazy_graph_module
 from .view import Value, View, build_view
@@ -109,7 +110,10 @@ def select_matches(view: View, matches: list[Match], launches: Callable[[str], i
 
 
 def _needed(graph: Graph) -> Iterator[Node]:
-    """The output, and calls with side effects. Whether an operator has any is asked once: that takes longer than to match a node."""
+    """The output, and calls with side effects. Whether an operator has any is asked once: that takes longer than to match a node.
+
+    A collective whose results are used is needed by what uses them: a fused op may make the call in its place.
+    """
     impure: dict[OpOverload, bool] = {}
     for node in graph.nodes:
         if node.op == "output":
@@ -118,7 +122,7 @@ def _needed(graph: Graph) -> Iterator[Node]:
             known = impure.get(node.target)
             if known is None:
                 known = impure[node.target] = node.is_impure()
-            if known:
+            if known and not (node.users and is_ordered(node.target)):
                 yield node
         elif node.op == "call_function" and node.is_impure():
             yield node

@@ -11,7 +11,7 @@ import heapq
 import itertools
 import logging
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from .layout import emit_layout, needs_layout, returned_memory, same_strides
 from .match import Match, form_inputs
 from .metadata import Metadata
 from .provenance import PROVENANCE
+from .semantic import is_ordered
 from .torch_private import fake_mode_of, unbacked_float
 from .verify import Check, make_check
 from .view import Literal, Value, View
@@ -123,6 +124,7 @@ class _Rewriter:
         self.template: Node | None = None
         self.materializer = Materializer(view, self.graph, self._emit)
         self.new: dict[Node, Node] = {}
+        self.absorbed: set[Node] = set()
         self.returned = returned_memory(self.graph)
         _sizes_first(self.graph)
 
@@ -178,6 +180,7 @@ class _Rewriter:
         replaced = self._outputs(match, call)
         for old, new in replaced.items():
             self._check_metadata(match, old, new)
+        self._absorb_collectives(match, call, replaced)
         replaced = {old: self._laid_out(old, new) for old, new in replaced.items()}
         if any(not argument < node for node in self.emitted for argument in node.all_input_nodes):
             raise _Rejected("a size that it needs is known later only")
@@ -288,6 +291,24 @@ class _Rewriter:
         if not same_shape(to_shape(before.shape), to_shape(after.shape)):
             raise _Rejected(f"{match.call.op.name} gives shape {tuple(after.shape)}, the model {tuple(before.shape)}")
 
+    def _absorb_collectives(self, match: Match, call: Node, replaced: Mapping[Node, Node]) -> None:
+        """Let the collectives that the call makes by itself go, which must then be made by nothing else, nor in another order."""
+        if not match.call.op.ordered:
+            return
+        absorbed = {node for value in match.visited for node in self.view.nodes.get(value, ()) if is_ordered(node.target)}
+        gone = absorbed | set(replaced)
+
+        def superfluous(node: Node) -> bool:
+            kept = node.op != "call_function" or (node.is_impure() and node not in absorbed)
+            return node in replaced or (not kept and all(map(superfluous, self._live_users(node))))
+
+        if not all(map(superfluous, absorbed)):
+            raise _Rejected("a collective that it makes is needed for something else too")
+        between = itertools.takewhile(lambda node: node is not call, _nodes_from(min(absorbed))) if absorbed else ()
+        if any(node.op == "call_function" and node.is_impure() and node not in gone and node not in self.dead for node in between):
+            raise _Rejected("another collective or side effect stands between those that it makes")
+        self.absorbed |= absorbed
+
     # ---------------------------------------------------------------- where
 
     def _place(self, inputs: Sequence[Node], outputs: Sequence[Node]) -> None:
@@ -338,7 +359,9 @@ class _Rewriter:
         stack = [node]
         while stack:
             node = stack.pop()
-            if node in self.dead or node.op != "call_function" or node.is_impure() or self._live_users(node):
+            if node in self.dead or node.op != "call_function" or self._live_users(node):
+                continue
+            if node.is_impure() and node not in self.absorbed:
                 continue
             self.dead.add(node)
             stack.extend(node.all_input_nodes)
@@ -375,6 +398,13 @@ class _Rewriter:
         assert self.template is not None
         node.meta.update({key: self.template.meta[key] for key in PROVENANCE if key in self.template.meta})
         return node
+
+
+def _nodes_from(node: Node) -> Iterator[Node]:
+    """The node and those after it in its graph."""
+    while node.op != "root":
+        yield node
+        node = node.next
 
 
 def _real_values(match: Match) -> list[Value]:

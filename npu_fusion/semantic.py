@@ -35,7 +35,9 @@ class SemanticOp:
     """One semantic op: its family, schema, reference and fake kernel.
 
     Calling it runs the torch operator, so that a call can be traced, faked and profiled like any other. `parts` names the ops that compute
-    the same one after the other, where it stands for several; its reference is written with them (see decompose.py).
+    the same one after the other, where it stands for several; its reference is written with them (see decompose.py). `ordered` says that it
+    is a collective: all ranks must make its calls in the same order, and none may be left out, or made twice. `launches` is how many
+    kernels the reference launches, for selection, where nothing else computes the op.
     """
 
     name: str
@@ -43,6 +45,8 @@ class SemanticOp:
     schema: str
     reference: Callable[..., Any]
     parts: tuple[str, ...] = ()
+    ordered: bool = False
+    launches: int = 1
     _fakes: list[Callable[..., Any]] = field(default_factory=list)
 
     @property
@@ -71,7 +75,9 @@ class SemanticOp:
         return self.overload(*args, **kwargs)
 
 
-def semantic_op(family: str, schema: str, *, parts: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], SemanticOp]:
+def semantic_op(
+    family: str, schema: str, *, parts: tuple[str, ...] = (), ordered: bool = False, launches: int = 1
+) -> Callable[[Callable[..., Any]], SemanticOp]:
     """Declare the semantic op named like the decorated reference function, with the given schema tail `(args) -> returns`."""
 
     def declare(reference: Callable[..., Any]) -> SemanticOp:
@@ -80,7 +86,7 @@ def semantic_op(family: str, schema: str, *, parts: tuple[str, ...] = ()) -> Cal
             raise RuleError(f"semantic op {name!r} is declared twice")
         _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-        op = SemanticOp(name, family, schema, reference, parts)
+        op = SemanticOp(name, family, schema, reference, parts, ordered, launches)
         _OPS[name] = op
         return op
 
@@ -95,6 +101,17 @@ def semantic_ops() -> Iterator[SemanticOp]:
 def parts_of(name: str) -> tuple[str, ...]:
     """The ops that compute the same as the op of this name, one after the other; none where it stands for itself alone."""
     return _OPS[name].parts if name in _OPS else ()
+
+
+def reference_launches(name: str) -> int:
+    """How many kernels the reference of the op of this name launches, 1 where nothing is known of it."""
+    return _OPS[name].launches if name in _OPS else 1
+
+
+def is_ordered(target: Any) -> bool:
+    """Whether an FX call target is a collective of ours."""
+    op = find_semantic_op(target)
+    return op is not None and op.ordered
 
 
 def find_semantic_op(target: Any) -> SemanticOp | None:

@@ -19,6 +19,7 @@ from . import (
     mla_absorbed,  # noqa: F401
     mla_preprocess,  # noqa: F401
     moe,  # noqa: F401
+    moe_collectives,  # noqa: F401
     norm,  # noqa: F401
     norm_quant,  # noqa: F401
     quant,  # noqa: F401

@@ -85,13 +85,13 @@ _VIEWS = ("aten._to_copy", "aten.view", "aten.reshape", "aten._unsafe_view")
 
 def of_experts(b: Builder, ids: Node, weights: Node, experts: Any) -> tuple[Node, Node]:
     """Ids that are all of experts, and the weights, 0 where an id was none."""
-    if _are_chosen(b, ids, experts):
+    if are_chosen(b, ids, experts):
         return ids, weights
     known = b.emit(aten.logical_and.default, b.emit(aten.ge.Scalar, ids, 0), b.emit(aten.lt.Scalar, ids, experts))
     return b.emit(aten.clamp.default, ids, 0, experts - 1), b.emit(aten.where.ScalarOther, known, weights, 0.0)
 
 
-def _are_chosen(b: Builder, ids: Node, experts: Any) -> bool:
+def are_chosen(b: Builder, ids: Node, experts: Any) -> bool:
     """Whether the ids are the places of the largest of so many scores."""
     while _name(ids) in _VIEWS:
         ids = ids.args[0]  # type: ignore[assignment]

@@ -112,7 +112,7 @@ class Routing:
         return products.to(compute).sum(1).to(out_dtype)
 
 
-def _grouped(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+def grouped_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """x [S, K], rows sorted by expert, times the matrix [K, N] of each row's expert; rows of no expert hold anything."""
     if x.device.type == "cpu":
         y = x.new_zeros(x.shape[0], matrices.shape[2])
@@ -202,7 +202,7 @@ def moe_experts(
     routing = Routing.of(indices, gate_up.shape[0])
 
     def linear(source: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
-        y = _grouped(source, matrices, routing.ends)
+        y = grouped_product(source, matrices, routing.ends)
         return y if bias is None else y + bias[routing.expert_of]
 
     chosen = x[routing.token]

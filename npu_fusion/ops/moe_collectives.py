@@ -24,6 +24,11 @@ from ._common import Size, check_choice, check_floating, check_index, check_rank
 _FAMILY = "moe"
 
 
+def _on_ascend(x: Tensor, ranks: int) -> bool:
+    """Whether torch_npu's ops make the calls: they are for two ranks and more."""
+    return x.device.type == "npu" and ranks > 1
+
+
 def _check_layout(op: str, ranks: int, experts: int, tokens: Size, max_tokens: Size) -> None:
     check_value(op, ranks >= 1 and experts % ranks == 0, f"{experts} experts cannot be shared equally by {ranks} ranks")
     too_many = isinstance(tokens, int) and isinstance(max_tokens, int) and tokens > max_tokens
@@ -51,6 +56,7 @@ def _check_dispatch(
     _FAMILY,
     "(Tensor x, Tensor ids, Tensor weights, Tensor? active=None, Tensor? placement=None, *, str group, int ranks, int experts, "
     "SymInt max_tokens, str quant='none') -> (Tensor, Tensor, Tensor, Tensor)",
+    ordered=True,
 )
 def moe_dispatch(
     x: Tensor,
@@ -100,8 +106,8 @@ def moe_dispatch(
     """
     _check_dispatch(x, ids, weights, active, placement, ranks, experts, max_tokens, quant)
     members = resolve(group, ranks)
-    if x.device.type == "npu":
-        return ascend.dispatch(x, ids, weights, members, experts, max_tokens, active, placement, quant)
+    if _on_ascend(x, ranks):
+        return ascend.dispatch(x, ids, weights, ascend.place_of(members), experts, max_tokens, active, placement, quant)
     slots = ids
     if active is not None or placement is not None:
         slots = plan.physical_experts(ids, experts, active, placement, members.rank)
@@ -114,12 +120,12 @@ def _(
     x: Tensor, ids: Tensor, weights: Tensor, active: Tensor | None = None, placement: Tensor | None = None, *, group: str, ranks: int,
     experts: int, max_tokens: Size, quant: str = "none",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    _keep_order()
+    keep_order_in_inductor()
     _check_dispatch(x, ids, weights, active, placement, ranks, experts, max_tokens, quant)
     (tokens, hidden), top_k, local = x.shape, ids.shape[1], experts // ranks
     rows = plan.expanded_rows(ranks, max_tokens, top_k, local)
     dtype = x.dtype if quant == "none" else quantized.FORMATS[quant][0]
-    size = ascend.handle_size(rows, ranks, experts) if x.device.type == "npu" else Handle.size(tokens, top_k, ranks * max_tokens)
+    size = ascend.handle_size(rows, ranks, experts) if _on_ascend(x, ranks) else Handle.size(tokens, top_k, ranks * max_tokens)
     return (
         x.new_empty((rows, hidden), dtype=dtype),
         x.new_empty((rows,), dtype=torch.float32),
@@ -143,6 +149,7 @@ def _check_combine(x: Tensor, ids: Tensor, weights: Tensor, handle: Tensor, rank
     _FAMILY,
     "(Tensor x, Tensor ids, Tensor weights, Tensor handle, Tensor? active=None, Tensor? placement=None, Tensor? shared=None, *, "
     "str group, int ranks, int experts, SymInt max_tokens) -> Tensor",
+    ordered=True,
 )
 def moe_combine(
     x: Tensor,
@@ -182,8 +189,10 @@ def moe_combine(
     """
     _check_combine(x, ids, weights, handle, ranks, experts, max_tokens)
     members = resolve(group, ranks)
-    if x.device.type == "npu":
-        return ascend.combine(x, ids, weights, handle, members, experts, max_tokens, active, placement, shared)
+    if _on_ascend(x, ranks):
+        assist, received = ascend.split_handle(handle, x.shape[0], experts)
+        place = ascend.place_of(members)
+        return ascend.combine(x, ids, weights, assist, received, place, experts, max_tokens, active, placement, shared)
     known = Handle.unpacked(handle, ids.shape[0], ids.shape[1], ranks * max_tokens)
     total = transport_of(members, x.device).combine(x.contiguous(), known, max_tokens)
     if shared is not None:
@@ -196,12 +205,12 @@ def _(
     x: Tensor, ids: Tensor, weights: Tensor, handle: Tensor, active: Tensor | None = None, placement: Tensor | None = None,
     shared: Tensor | None = None, *, group: str, ranks: int, experts: int, max_tokens: Size,
 ) -> Tensor:  # fmt: skip
-    _keep_order()
+    keep_order_in_inductor()
     _check_combine(x, ids, weights, handle, ranks, experts, max_tokens)
     return x.new_empty((ids.shape[0], x.shape[1]))
 
 
-@semantic_op(_FAMILY, "(Tensor x, Tensor route, *, str group, int ranks, SymInt max_tokens) -> Tensor")
+@semantic_op(_FAMILY, "(Tensor x, Tensor route, *, str group, int ranks, SymInt max_tokens) -> Tensor", ordered=True)
 def moe_send_rows(x: Tensor, route: Tensor, *, group: str, ranks: int, max_tokens: int) -> Tensor:
     """Send rows where a dispatch sent them: its movement by itself, and the backward of `moe_return_rows`.
 
@@ -229,11 +238,11 @@ def moe_send_rows(x: Tensor, route: Tensor, *, group: str, ranks: int, max_token
 
 @moe_send_rows.fake
 def _(x: Tensor, route: Tensor, *, group: str, ranks: int, max_tokens: Size) -> Tensor:
-    _keep_order()
+    keep_order_in_inductor()
     return x.new_empty((ranks * max_tokens, x.shape[1]))
 
 
-@semantic_op(_FAMILY, "(Tensor x, Tensor route, *, str group, int ranks, SymInt max_tokens) -> Tensor")
+@semantic_op(_FAMILY, "(Tensor x, Tensor route, *, str group, int ranks, SymInt max_tokens) -> Tensor", ordered=True)
 def moe_return_rows(x: Tensor, route: Tensor, *, group: str, ranks: int, max_tokens: int) -> Tensor:
     """Send rows home and add up those of each token: a combine's movement by itself, and the backward of `moe_send_rows`.
 
@@ -260,7 +269,7 @@ def moe_return_rows(x: Tensor, route: Tensor, *, group: str, ranks: int, max_tok
 
 @moe_return_rows.fake
 def _(x: Tensor, route: Tensor, *, group: str, ranks: int, max_tokens: Size) -> Tensor:
-    _keep_order()
+    keep_order_in_inductor()
     return x.new_empty((route.shape[0], x.shape[1]))
 
 
@@ -290,7 +299,7 @@ def _dispatch_backward(ctx: Any, rows: Tensor, *_: Tensor) -> tuple[Tensor | Non
 
 def _combine_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
     x, ids, _, handle = inputs[:4]
-    if x.device.type == "npu" and any(ctx.needs_input_grad):
+    if _on_ascend(x, keyword_only_inputs["ranks"]) and any(ctx.needs_input_grad):
         raise ValueError("moe_combine: there is no gradient on Ascend, whose handle is opaque")
     shared = inputs[6]
     ctx.form, ctx.shape, ctx.shared = keyword_only_inputs, tuple(ids.shape), shared is not None and shared.requires_grad
@@ -337,9 +346,9 @@ def _differentiable(op: SemanticOp, backward: Any, setup: Any) -> None:
     torch_private.keep_order(op.overload)
 
 
-def _keep_order() -> None:
+def keep_order_in_inductor(*ops: SemanticOp) -> None:
     """For fake kernels: whatever compiles a graph runs them first, Inductor too, which is imported by then if it is to be used."""
-    torch_private.keep_order_in_inductor([op.overload for op in (moe_dispatch, moe_combine, moe_send_rows, moe_return_rows)])
+    torch_private.keep_order_in_inductor([op.overload for op in (moe_dispatch, moe_combine, moe_send_rows, moe_return_rows, *ops)])
 
 
 _differentiable(moe_dispatch, _dispatch_backward, _dispatch_setup)

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from npu_fusion.moe import ascend, plan
-from npu_fusion.moe.transport import Group
 
 from .test_plan import routing
 
 EXPERTS, TOP_K, MOST, HIDDEN = 12, 4, 8, 4
-ALONE = Group("alone", None, 0, 1)
 
 
 def checked(x: Tensor, ids: Tensor, mask: Tensor | None, form: dict[str, Any]) -> Tensor:
@@ -61,8 +59,7 @@ def combine_op(
 def test_choices_that_do_not_count_add_nothing(
     masks_choices: bool, kind: str, shared: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ascend, "_communicator", lambda group, rank: "hccl")
-    monkeypatch.setattr(ascend, "_masks_choices", lambda: masks_choices)
+    alone = ascend.Place("hccl", 0, 1, masks_choices)
     ops = SimpleNamespace(npu_moe_distribute_dispatch_v2=dispatch_op, npu_moe_distribute_combine_v2=combine_op)
     monkeypatch.setattr(torch.ops, "npu", ops, raising=False)
     generator = torch.Generator().manual_seed(tokens)
@@ -75,12 +72,12 @@ def test_choices_that_do_not_count_add_nothing(
     x = torch.where((slots >= 0).any(dim=1, keepdim=True), x, torch.inf)  # what is not sent is not read
     extra = torch.randn(tokens, HIDDEN, generator=generator) if shared else None
 
-    rows, _, counts, handle = ascend.dispatch(x, ids, weights, ALONE, EXPERTS, MOST, active, placement, "none")
+    rows, _, counts, handle = ascend.dispatch(x, ids, weights, alone, EXPERTS, MOST, active, placement, "none")
     assert handle.shape == (ascend.handle_size(len(rows), 1, EXPERTS),)
     expert = torch.arange(EXPERTS).repeat_interleave(counts)
     out = torch.full_like(rows, torch.nan)
     out[: len(expert)] = rows[: len(expert)] * (expert + 1)[:, None]
-    y = ascend.combine(out, ids, weights, handle, ALONE, EXPERTS, MOST, active, placement, extra)
+    y = ascend.combine(out, ids, weights, *ascend.split_handle(handle, len(out), EXPERTS), alone, EXPERTS, MOST, active, placement, extra)
 
     factor = torch.where(slots >= 0, weights * (slots + 1), 0).sum(dim=1, keepdim=True)
     expected = torch.where((slots >= 0).any(dim=1, keepdim=True), x, 0) * factor

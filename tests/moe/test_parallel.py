@@ -12,6 +12,7 @@ import npu_fusion
 from npu_fusion import moe
 
 from .ranks import Ranks
+from .soak import soak
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("moe")]
 
@@ -105,6 +106,11 @@ def test_gradients(two: Ranks) -> None:
 
 def test_placement(two: Ranks) -> None:
     two.run(placed)
+
+
+def test_step_after_step(two: Ranks) -> None:
+    """Nine steps have every form and routing; `python -m tests.moe.soak` takes a thousand, on more ranks."""
+    two.run(soak, 9)
 
 
 def test_four_ranks(four: Ranks) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 
 from .. import sgl
 from ..library import prepare
-from . import attention, cache, glu, matmul, mla, moe, norm, quant, rope, weight_only
+from . import attention, cache, glu, matmul, mla, moe, moe_collectives, norm, quant, rope, weight_only
 from .case import Case
 from .compare import Outcome, SelfTestError, Verdict, cases_of, elementwise_error, emitted_ops, run_case
 
@@ -24,7 +24,7 @@ __all__ = ["Case", "Outcome", "SelfTestError", "Verdict", "cases", "elementwise_
 
 def cases() -> Iterator[Case]:
     """Every case of the self test, also of ops that no target emits."""
-    for family in (norm, rope, glu, attention, cache, matmul, moe, quant, weight_only, mla):
+    for family in (norm, rope, glu, attention, cache, matmul, moe, moe_collectives, quant, weight_only, mla):
         yield from family.cases()
 
 

@@ -69,12 +69,14 @@ class Case:
         label: dtypes, shapes and modes, for people.
         make: the recipe.
         meaningless: results that say nothing in such a call.
+        alone: whether a device runs it in a process by itself, which collectives of two and more ranks it does not.
     """
 
     op: str
     label: str
     make: Callable[[Inputs], Arguments]
     meaningless: tuple[str, ...] = ()
+    alone: bool = True
 
     def arguments(self) -> dict[str, Any]:
         """The arguments, made anew: equal at every call, and nobody else's to mutate."""
@@ -84,10 +86,10 @@ class Case:
         return f"{self.op.replace('::', '.')} {self.label}"
 
 
-def case(op: str, make: Callable[..., Arguments], *parameters: Any, **named: Any) -> Case:
+def case(op: str, make: Callable[..., Arguments], *parameters: Any, alone: bool = True, **named: Any) -> Case:
     """A case whose arguments are `make(inputs, *parameters, **named)`, and whose label lists the parameters."""
     label = " ".join([*(_shown(value) for value in parameters), *(f"{name}={_shown(value)}" for name, value in named.items())])
-    return Case(op, label, lambda inputs: make(inputs, *parameters, **named))
+    return Case(op, label, lambda inputs: make(inputs, *parameters, **named), alone=alone)
 
 
 def _shown(value: Any) -> str:

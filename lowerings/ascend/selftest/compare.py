@@ -40,7 +40,8 @@ class Outcome:
     """What came of a case.
 
     Attributes:
-        verdict: `ok`; `mismatch`, results differ; `error`, the op or its CPU kernel raised; `missing`, the library here has no such op.
+        verdict: `ok`; `mismatch`, results differ; `error`, the op or its CPU kernel raised; `missing`, the library here has no such op, or
+            a process by itself cannot run it.
         error: the greatest error of a result, or of an argument that the op writes to; see `elementwise_error`.
         allowed: the tolerance for that result.
         detail: what is wrong, where something is.
@@ -95,6 +96,8 @@ def run_case(case: Case, device: str) -> Outcome:
         return Outcome(case, "missing", detail=f"not in the installed {package_of(op)}")
     if state == "another schema":
         return Outcome(case, "error", detail=f"the installed {package_of(op)} has it as {overload._schema}")
+    if not case.alone and device != "cpu":
+        return Outcome(case, "missing", detail="a collective of two ranks and more: the self test is one process")
     emulated = emulated_ops().get(op.name)
     if emulated is None:
         return Outcome(case, "error", detail="there is no CPU kernel to compare it with")

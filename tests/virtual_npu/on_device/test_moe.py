@@ -40,17 +40,48 @@ def inputs(tokens: int = 20) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.zeros(tokens, TOP_K, dtype=torch.long).npu(), torch.zeros(tokens, TOP_K).npu()
 
 
+def launched(trace: Trace) -> list[str]:
+    """The collectives and products of what was captured, without their versions: torch_npu takes the newest that CANN has."""
+    [captured] = trace.captured
+    assert captured.replays >= 3
+    names = [name.rstrip("0123456789").removesuffix("V") for name in captured.launches.elements()]
+    return [name for name in names if name.startswith(("aclnnMoeDistribute", "aclnnGroupedMatmul"))]
+
+
 @pytest.mark.parametrize("quant", ["none", "int8"])
 def test_a_layer_is_captured(quant: str, traced: Callable[[], Trace]) -> None:
     compiled = torch.compile(layer, backend="npu_fusion", fullgraph=True, options={"executor": "graph"})
     with torch.no_grad():
         for _ in range(4):
             compiled(*inputs(), quant)
-    [captured] = traced().captured
-    assert captured.replays == 3
-    # torch_npu takes the newest version that CANN has.
-    launches = [name[: len(name) - 2] for name in captured.launches.elements() if name.startswith("aclnnMoe")]
-    assert launches == ["aclnnMoeDistributeDispatch", "aclnnMoeDistributeCombine"]
+    assert launched(traced()) == ["aclnnMoeDistributeDispatch", "aclnnMoeDistributeCombine"]
+
+
+def block(x: Tensor, stream: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A router, the experts of two ranks, the residual sum and the norm of the next layer."""
+    weights, ids = torch.topk(logits.softmax(-1), TOP_K)
+    sent = moe.dispatch(x, ids, weights, EXPERTS, max_tokens=MOST)
+    ends = sent.counts.cumsum(0).to(torch.int32)
+    gate, up = torch._grouped_mm(sent.rows, gate_up, ends).chunk(2, -1)
+    y = moe.combine(torch._grouped_mm(torch.nn.functional.silu(gate) * up, down, ends), sent)
+    total = stream + y.view(stream.shape)
+    wide = total.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype), total
+
+
+@pytest.mark.parametrize("executor", ["graph", "npugraph_ex"])
+def test_router_experts_and_norm_are_captured(executor: str, traced: Callable[[], Trace]) -> None:
+    """Torch_npu's own ops from the dispatch to the norm, without a wait of the host, which a capture would not survive."""
+    sizes = [(20, HIDDEN), (2, 10, HIDDEN), (20, EXPERTS), (EXPERTS // 2, HIDDEN, 128), (EXPERTS // 2, 64, HIDDEN), (HIDDEN,)]
+    given = [torch.zeros(size, dtype=torch.bfloat16).npu() for size in sizes]
+    compiled = torch.compile(block, backend="npu_fusion", fullgraph=True, options={"executor": executor})
+    with torch.no_grad():
+        for _ in range(5):
+            compiled(*given)
+    report = npu_fusion.report(compiled)
+    assert report.effective_config.executor == executor, report.notes
+    combine = "CombineAddRmsNorm" if report.effective_config.target == "ascend910_93" else "Combine"
+    assert launched(traced()) == ["aclnnMoeDistributeDispatch", "aclnnGroupedMatmul", "aclnnGroupedMatmul", f"aclnnMoeDistribute{combine}"]
 
 
 @pytest.mark.parametrize("quant", ["none", "int8"])
