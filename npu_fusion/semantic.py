@@ -35,7 +35,9 @@ class SemanticOp:
     """One semantic op: its family, schema, reference and fake kernel.
 
     Calling it runs the torch operator, so that a call can be traced, faked and profiled like any other. `parts` names the ops that compute
-    the same one after the other, where it stands for several; its reference is written with them (see decompose.py).
+    the same one after the other, where it stands for several; its reference is written with them (see decompose.py). The reference of a
+    `plain` op calls PyTorch's own ops, which a graph should rather hold than a call of it that nothing on the target takes: a compiler, or
+    whoever reads the graph, knows them.
     """
 
     name: str
@@ -43,6 +45,7 @@ class SemanticOp:
     schema: str
     reference: Callable[..., Any]
     parts: tuple[str, ...] = ()
+    plain: bool = False
     _fakes: list[Callable[..., Any]] = field(default_factory=list)
 
     @property
@@ -71,7 +74,9 @@ class SemanticOp:
         return self.overload(*args, **kwargs)
 
 
-def semantic_op(family: str, schema: str, *, parts: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], SemanticOp]:
+def semantic_op(
+    family: str, schema: str, *, parts: tuple[str, ...] = (), plain: bool = False
+) -> Callable[[Callable[..., Any]], SemanticOp]:
     """Declare the semantic op named like the decorated reference function, with the given schema tail `(args) -> returns`."""
 
     def declare(reference: Callable[..., Any]) -> SemanticOp:
@@ -80,7 +85,7 @@ def semantic_op(family: str, schema: str, *, parts: tuple[str, ...] = ()) -> Cal
             raise RuleError(f"semantic op {name!r} is declared twice")
         _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-        op = SemanticOp(name, family, schema, reference, parts)
+        op = SemanticOp(name, family, schema, reference, parts, plain)
         _OPS[name] = op
         return op
 

@@ -8,7 +8,22 @@
 - `emulation/` has CPU kernels of the ops, so that an Ascend lowering can be run, and its numbers tested, without an NPU.
 """
 
-from . import attention, cache, capture_facts, experts, glu, matmul, mla, moe, norm, norm_rope_cache, quant, rope, weight_only
+from . import (
+    attention,
+    cache,
+    capture_facts,
+    experts,
+    glu,
+    matmul,
+    mla,
+    moe,
+    norm,
+    norm_rope_cache,
+    quant,
+    rope,
+    tensor_parallel,
+    weight_only,
+)
 
 __all__ = [
     "attention",
@@ -23,5 +38,6 @@ __all__ = [
     "norm_rope_cache",
     "quant",
     "rope",
+    "tensor_parallel",
     "weight_only",
 ]

@@ -36,7 +36,7 @@ def handle_size(rows: Any, ranks: int, experts: int) -> Any:
 
 
 @functools.cache
-def _communicator(process_group: Any, rank: int) -> str:
+def communicator(process_group: Any, rank: int) -> str:
     """HCCL's name of a group's communicator on this rank."""
     name: str = process_group._get_backend(torch.device("npu")).get_hccl_comm_name(rank)
     return name
@@ -96,7 +96,7 @@ def _choices(ids: Tensor, experts: int, max_tokens: int, active: Tensor | None, 
 
 def _common(group: Any, experts: int, max_tokens: int) -> dict[str, Any]:
     return {
-        "group_ep": _communicator(group.process_group, group.rank),
+        "group_ep": communicator(group.process_group, group.rank),
         "ep_world_size": group.ranks,
         "ep_rank_id": group.rank,
         "moe_expert_num": experts,

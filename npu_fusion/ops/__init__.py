@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..semantic import SemanticOp, semantic_ops
-from . import attention, experts, glu, matmul, mla, moe, moe_collectives, norm, norm_quant, quant, rope, weight_only
+from . import attention, experts, glu, matmul, mla, moe, moe_collectives, norm, norm_quant, quant, rope, tensor_parallel, weight_only
 
 __all__ = [
     "OpRow",
@@ -26,6 +26,7 @@ __all__ = [
     "quant",
     "render_op_table",
     "rope",
+    "tensor_parallel",
     "weight_only",
 ]
 

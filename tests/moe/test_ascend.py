@@ -61,7 +61,7 @@ def combine_op(
 def test_choices_that_do_not_count_add_nothing(
     masks_choices: bool, kind: str, shared: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ascend, "_communicator", lambda group, rank: "hccl")
+    monkeypatch.setattr(ascend, "communicator", lambda group, rank: "hccl")
     monkeypatch.setattr(ascend, "_masks_choices", lambda: masks_choices)
     ops = SimpleNamespace(npu_moe_distribute_dispatch_v2=dispatch_op, npu_moe_distribute_combine_v2=combine_op)
     monkeypatch.setattr(torch.ops, "npu", ops, raising=False)

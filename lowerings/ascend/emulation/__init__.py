@@ -20,6 +20,7 @@ from . import (
     quant,
     quant_matmul,
     rope,
+    tensor_parallel,
     weight_only,
 )
 from .registry import EmulationError, emulated_ops
@@ -40,5 +41,6 @@ __all__ = [
     "quant",
     "quant_matmul",
     "rope",
+    "tensor_parallel",
     "weight_only",
 ]
