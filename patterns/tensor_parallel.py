@@ -37,8 +37,7 @@ from npu_fusion.view.shapes import known_equal, product
 from npu_fusion.whole import why_not_whole
 
 x, weight, bias = var("x"), var("weight"), var("bias")
-GROUP = {"group": AttrAs("group")}
-SIZED = {**GROUP, "ranks": AttrAs("ranks")}
+GROUP, RANKS = AttrAs("group"), AttrAs("ranks")
 
 multiplied = op("matmul", x, weight).as_("product")
 layer = any_of(multiplied + bias, multiplied).as_("layer")
@@ -160,7 +159,7 @@ def rewrite_linear_all_reduce(m: Match) -> Call:
 
 LINEAR_ALL_REDUCE = Rule(
     "linear_all_reduce",
-    pattern=op("wait", op("all_reduce", rows, reduction="sum", **GROUP).as_("collective")).as_("site"),
+    pattern=op("wait", op("all_reduce", rows, reduction="sum", group=GROUP).as_("collective")).as_("site"),
     check=check_linear_all_reduce,
     rewrite=rewrite_linear_all_reduce,
     produces="linear_all_reduce",
@@ -179,7 +178,9 @@ def rewrite_linear_reduce_scatter(m: Match) -> Call:
 
 LINEAR_REDUCE_SCATTER = Rule(
     "linear_reduce_scatter",
-    pattern=op("wait", op("reduce_scatter", any_of(rows, joined_chunks), reduction="sum", **SIZED).as_("collective")).as_("site"),
+    pattern=op("wait", op("reduce_scatter", any_of(rows, joined_chunks), reduction="sum", group=GROUP, ranks=RANKS).as_("collective")).as_(
+        "site"
+    ),
     check=check_linear_reduce_scatter,
     rewrite=rewrite_linear_reduce_scatter,
     produces="linear_reduce_scatter",
@@ -190,7 +191,7 @@ LINEAR_REDUCE_SCATTER = Rule(
 # -------------------------------------------------------------------- all-gather, then a matrix product
 
 shard = var("shard")
-gathered = op("wait", op("all_gather", shard, **SIZED).as_("collective")).as_("gathered")
+gathered = op("wait", op("all_gather", shard, group=GROUP, ranks=RANKS).as_("collective")).as_("gathered")
 gathered_rows = opt_view(any_of(gathered, joined_gathered), "reshape").as_("x")
 of_gathered = op("matmul", gathered_rows, weight).as_("product")
 

@@ -2,9 +2,10 @@
 
 What an op does not take is known before the graph is rewritten, and then the model's product and collective stay where they are.
 
-- The all-reduce is Ascend910B's (A2) alone, in groups of 1, 2, 4 or 8. It is meant for prefill: where the sequence has one token for certain
-  the product and the all-reduce are faster apart. There is no op of torch_npu that adds a residual and normalises as well (CANN's
-  aclnnMatmulAllReduceAddRmsNorm is not exposed; `x3` is added on each rank *before* the reduction): add + RMSNorm are fused by themselves.
+- The all-reduce is Ascend910B's (A2) alone, in groups of 1, 2, 4 or 8. It is meant for prefill: where sequences have one token for
+  certain the product and the all-reduce stay apart, and so they do under an executor that captures, as nobody says that a capture may
+  hold it. No op of torch_npu adds a residual and normalises as well (CANN's aclnnMatmulAllReduceAddRmsNorm is not exposed; `x3` is added
+  on each rank *before* the reduction): add + RMSNorm are fused by themselves.
 - Gather and scatter are called in mode `aiv`, the one for inference. torchair cannot convert that.
 - Of the group the ops want HCCL's name, which this process has once the group's communicator exists: it is made here if need be, on all
   ranks, as all of them compile.

@@ -4,10 +4,10 @@
 A device that has such an op exchanges one part of the rows while it multiplies the next. They are plain: where nothing on the target takes
 one, the graph holds PyTorch's matrix product and functional collective.
 
-Like functional collectives they have no effect in the sense of AOT: they are put in after it, each where the wait for its collective was, by
-rules that see the same graph on all ranks. No pass over an FX graph drops a call, as none drops a wait: other ranks take part in it. What
-the ranks must agree on besides the order of their calls is which of them are fused: all must compile the same program with the same options
-and targets, and weights cut into equal parts.
+Like functional collectives they have no effect in the sense of AOT: they are put in after it, each where the wait for its collective was,
+by rules that see the same graph on all ranks. No pass over an FX graph drops a call, as none drops a wait: other ranks take part in it.
+What the ranks must agree on besides the order of their calls is which of them are fused: all must compile the same program with the same
+options and target, and have weights cut into equal parts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How functional collectives are read: `all_reduce`, `all_gather`, `reduce_scatter` and `wait` of one tensor.
 
-A collective is a value equal to no other: what it gives depends on other ranks, and each call is one of its own. A coalesced one is several,
-of one tensor each. What is not one of these stays opaque.
+A collective is a value equal to no other: what it gives depends on other ranks, and each call is one of its own. A coalesced one is
+several, of one tensor each. What is not one of these stays opaque.
 """
 
 from __future__ import annotations
