@@ -20,7 +20,7 @@ torch.distributed.tensor.parallel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch.fx import Node
@@ -99,19 +99,35 @@ def _nodes(m: Match, value: Value) -> Iterator[Node]:
 
 
 def _read_elsewhere(m: Match, start: Value, end: Value) -> bool:
-    """Whether anything but the match reads what becomes of `start` on the way to `end`."""
+    """Whether anything but the match reads what becomes of `start` on the way to `end`.
+
+    Equal products are one value: only the nodes that `end` is computed from count.
+    """
     ends, inside = set(_nodes(m, end)), {node for value in m.visited for node in _nodes(m, value)}
-    stack, seen = list(_nodes(m, start)), set[Node]()
+    starts = set(_nodes(m, start))
+    stack, seen = list(starts & _ancestors(m, ends, starts)), set[Node]()
     while stack:
         node = stack.pop()
         if node in seen or node in ends or _is_of_another(m, node):
             continue
         seen.add(node)
         for user in node.users:
-            if user not in inside and (user.op != "call_function" or node_launches(user)) and not _is_coalesced(m, user):
+            if user.op != "call_function" or (user not in inside and node_launches(user) and not _is_coalesced(m, user)):
                 return True
             stack.append(user)
     return False
+
+
+def _ancestors(m: Match, nodes: Iterable[Node], oldest: Iterable[Node]) -> set[Node]:
+    """The nodes and what they are computed from, back to the first of the oldest."""
+    first = min((m.view.position[node] for node in oldest), default=0)
+    stack, found = list(nodes), set[Node]()
+    while stack:
+        node = stack.pop()
+        if node not in found and m.view.position[node] >= first:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
 
 
 def _is_coalesced(m: Match, node: Node) -> bool:
@@ -209,6 +225,8 @@ def check_all_gather_linear(m: Match) -> Reject | None:
         return Reject("what is multiplied does not have the rows that were gathered", m["x"])
     if "bias" in m and _read_elsewhere(m, m["product"], m.root):
         return Reject("the product is read besides, before the bias is added", m["product"])
+    if not any(_nodes(m, m.root)):
+        return Reject("the product is computed with its bias only", m.root)
     return _check_target(m, all_gather_linear, _gathered_arguments(m))
 
 
