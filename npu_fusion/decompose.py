@@ -1,7 +1,7 @@
-"""Taking a semantic op of several parts apart: a call becomes the calls that its reference makes.
+"""Taking a semantic op of several parts, or a plain one, apart: a call becomes the calls that its reference makes.
 
-The reference of such an op is written with the semantic ops that are its parts. It is run on fake tensors, and every op that it calls is
-emitted as a node: what an op means is written down once, and the parts compute what the whole does, bit by bit.
+The reference of such an op is written with the semantic ops that are its parts, or with PyTorch's own. It is run on fake tensors, and every
+op that it calls is emitted as a node: what an op means is written down once, and the parts compute what the whole does, bit by bit.
 """
 
 from __future__ import annotations

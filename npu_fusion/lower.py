@@ -403,7 +403,8 @@ def _why_none(op: SemanticOp, target: str) -> str | None:
 def _lower(builder: Builder, node: Node, op: SemanticOp, record: GraphRecord) -> tuple[str, str | None]:
     """Lower one node; the provider taken, and why those before it were not.
 
-    A call of several parts that no provider takes is taken apart, each part lowered by itself, where there is a provider of one of them.
+    A call of several parts that no provider takes is taken apart, each part lowered by itself, where there is a provider of one of them;
+    one of a plain op becomes PyTorch's own ops.
     """
     target = builder.config.target
     passed_over: list[str] = []
@@ -416,10 +417,11 @@ def _lower(builder: Builder, node: Node, op: SemanticOp, record: GraphRecord) ->
             passed_over.append(f"{provider.name}: {reason}")
     if not providers and (reason := _why_none(op, target)) is not None:
         passed_over.append(reason)
-    if any(providers_of(part, target) for part in op.parts) and _take_apart(builder, node, op, record):
+    divisible = op.plain or any(providers_of(part, target) for part in op.parts)
+    if divisible and _take_apart(builder, node, op, record):
         lowered = [(part, *_lower(builder, call, part, record)) for call, part in builder.calls()]
         passed_over += [f"{part.name}: {reason}" for part, _, reason in lowered if reason]
-        return " + ".join(name for _, name, _ in lowered), "; ".join(passed_over) or None
+        return " + ".join(name for _, name, _ in lowered) or REFERENCE, "; ".join(passed_over) or None
     return REFERENCE, "; ".join(passed_over) or None
 
 

@@ -32,6 +32,9 @@ IDIOMS = (
     "tri_inv",
     "kv_update",
     "bmm_transpose",
+    "linear_all_reduce",
+    "all_gather_linear",
+    "linear_reduce_scatter",
 )  # fmt: skip
 
 

@@ -190,7 +190,7 @@ class _Rewriter:
         for old, new in replaced.items():
             old.replace_all_uses_with(new)
             self.new[old] = new
-            self._bury(old)
+            self._bury(old, replaced=True)
         for node in self.emitted:
             for argument in node.all_input_nodes:
                 self._resurrect(argument)
@@ -354,14 +354,15 @@ class _Rewriter:
     def _live_users(self, node: Node) -> list[Node]:
         return [user for user in node.users if user not in self.dead]
 
-    def _bury(self, node: Node) -> None:
-        """Mark the node, and what only it needed, as dead."""
-        stack = [node]
+    def _bury(self, node: Node, *, replaced: bool = False) -> None:
+        """Mark the node, and what only it needed, as dead. Of one that was replaced the new node has the side effects as well: the wait for
+        a collective."""
+        stack, first = [node], node
         while stack:
             node = stack.pop()
             if node in self.dead or node.op != "call_function" or self._live_users(node):
                 continue
-            if node.is_impure() and node not in self.absorbed:
+            if node.is_impure() and node not in self.absorbed and not (replaced and node is first):
                 continue
             self.dead.add(node)
             stack.extend(node.all_input_nodes)

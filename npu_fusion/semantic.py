@@ -38,6 +38,8 @@ class SemanticOp:
     the same one after the other, where it stands for several; its reference is written with them (see decompose.py). `ordered` says that it
     is a collective: all ranks must make its calls in the same order, and none may be left out, or made twice. `launches` is how many
     kernels the reference launches, for selection, where nothing else computes the op.
+    The reference of a `plain` op calls PyTorch's own ops, which a graph should rather hold than a call of it that nothing on the target
+    takes: a compiler, or whoever reads the graph, knows them.
     """
 
     name: str
@@ -47,6 +49,7 @@ class SemanticOp:
     parts: tuple[str, ...] = ()
     ordered: bool = False
     launches: int = 1
+    plain: bool = False
     _fakes: list[Callable[..., Any]] = field(default_factory=list)
 
     @property
@@ -76,7 +79,7 @@ class SemanticOp:
 
 
 def semantic_op(
-    family: str, schema: str, *, parts: tuple[str, ...] = (), ordered: bool = False, launches: int = 1
+    family: str, schema: str, *, parts: tuple[str, ...] = (), ordered: bool = False, launches: int = 1, plain: bool = False
 ) -> Callable[[Callable[..., Any]], SemanticOp]:
     """Declare the semantic op named like the decorated reference function, with the given schema tail `(args) -> returns`."""
 
@@ -86,7 +89,7 @@ def semantic_op(
             raise RuleError(f"semantic op {name!r} is declared twice")
         _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-        op = SemanticOp(name, family, schema, reference, parts, ordered, launches)
+        op = SemanticOp(name, family, schema, reference, parts, ordered, launches, plain)
         _OPS[name] = op
         return op
 

@@ -28,5 +28,6 @@ from . import (
     quant_zero,  # noqa: F401
     rope,  # noqa: F401
     rope_norm,  # noqa: F401
+    tensor_parallel,  # noqa: F401
     weight_only,  # noqa: F401
 )

@@ -24,6 +24,7 @@ from . import (
     norm_rope_cache,
     quant,
     rope,
+    tensor_parallel,
     weight_only,
 )
 
@@ -43,5 +44,6 @@ __all__ = [
     "norm_rope_cache",
     "quant",
     "rope",
+    "tensor_parallel",
     "weight_only",
 ]

@@ -13,6 +13,7 @@ The facts are in `table/*.toml`, one file a family, one TOML table an op::
     ge_converter = true                  # torchair can convert it
     capture = "safe"                     # or why a graph capture cannot hold it
     host_lists = []                      # int lists that a capture freezes, to be updated before a replay
+    collective = true                    # ranks of a group call it together: a machine cannot test it by itself
     source = "op-plugin docs ...; ops-nn norm/rms_norm"
 
     [["npu::npu_rms_norm".limits]]       # one row a constraint; all rows whose `targets` hold (all, where not given) must be met
@@ -38,6 +39,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ...errors import NpuFusionError
+from ...view import Value
 from ...view.shapes import known_equal, known_ge, product, to_dim, to_shape
 
 if sys.version_info >= (3, 11):
@@ -101,6 +103,7 @@ class AscendOp:
     source: str
     host_lists: Sequence[str] = ()
     limits: Sequence[Limit] = ()
+    collective: bool = False
 
     @property
     def namespace(self) -> str:
@@ -128,7 +131,7 @@ class AscendOp:
         """Why the op cannot take a call on a SoC, or None.
 
         Args:
-            arguments: by the schema's names, defaults filled in; tensors as FX nodes or fake tensors.
+            arguments: by the schema's names, defaults filled in; tensors as FX nodes, fake tensors or values of the view.
             target: the SoC.
         """
         if target not in self.targets:
@@ -223,7 +226,7 @@ def _violations(limit: Limit, arguments: Mapping[str, Any]) -> Iterator[str]:
             yield f"it needs {name}"
 
 
-def _type_violations(limit: Limit, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+def _type_violations(limit: Limit, tensors: Mapping[str, _Known]) -> Iterator[str]:
     for name, dtypes in limit.dtypes.items():
         if name in tensors and _dtype(tensors[name]) not in dtypes:
             yield f"{name} is {_dtype(tensors[name])}, not {' or '.join(dtypes)}"
@@ -232,7 +235,7 @@ def _type_violations(limit: Limit, tensors: Mapping[str, Tensor]) -> Iterator[st
         yield f"{', '.join(f'{name} is {dtype}' for name, dtype in named.items())}: they must have one dtype"
 
 
-def _shape_violations(limit: Limit, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+def _shape_violations(limit: Limit, tensors: Mapping[str, _Known]) -> Iterator[str]:
     for name, (least, most) in limit.rank.items():
         if name in tensors and not least <= tensors[name].dim() <= most:
             yield f"{name} has {tensors[name].dim()} dimensions, not {least} to {most}"
@@ -265,16 +268,29 @@ def _size_violation(size: Any, condition: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _tensor(value: Any) -> Tensor | None:
+@dataclass(frozen=True)
+class _Known:
+    """What limits ask of a tensor."""
+
+    shape: Sequence[Any]
+    dtype: torch.dtype
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+
+def _tensor(value: Any) -> _Known | None:
+    if isinstance(value, Value):
+        return _Known(value.shape, value.dtype) if value.dtype is not None else None
     value = value.meta.get("val") if isinstance(value, Node) else value
-    return value if isinstance(value, Tensor) else None
+    return _Known(value.shape, value.dtype) if isinstance(value, Tensor) else None
 
 
-def _dtype(tensor: Tensor) -> str:
+def _dtype(tensor: _Known) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _size(place: str | int, tensors: Mapping[str, Tensor]) -> Any:
+def _size(place: str | int, tensors: Mapping[str, _Known]) -> Any:
     """The size that is meant by `argument[dim]`, `argument[:-1]` or a product, None where the argument is not given; a number is itself."""
     if isinstance(place, int):
         return place
@@ -288,7 +304,7 @@ def _size(place: str | int, tensors: Mapping[str, Tensor]) -> Any:
     return product(to_shape(shape[:-1])) if dim == ":-1" else to_dim(shape[int(dim)])
 
 
-def _without_dimension(place: str | int, tensors: Mapping[str, Tensor]) -> str | None:
+def _without_dimension(place: str | int, tensors: Mapping[str, _Known]) -> str | None:
     """The tensor that has too few dimensions to have a size `argument[dim]`, or None."""
     for factor in str(place).split("*"):
         name, _, dim = factor.removesuffix("]").partition("[")

@@ -156,7 +156,7 @@ def prepare(
     if where.type == "npu":
         from . import ascend
 
-        ascend._communicator(members.process_group, members.rank)
+        ascend.communicator(members.process_group, members.rank)
         return
     transport = transport_of(members, where)
     transport.timeout = timeout

@@ -38,7 +38,7 @@ def handle_size(rows: Any, ranks: int, experts: int) -> Any:
 
 
 @functools.cache
-def _communicator(process_group: Any, rank: int) -> str:
+def communicator(process_group: Any, rank: int) -> str:
     """HCCL's name of a group's communicator on this rank."""
     name: str = process_group._get_backend(torch.device("npu")).get_hccl_comm_name(rank)
     return name
@@ -80,7 +80,7 @@ class Place:
 
 def place_of(group: Any) -> Place:
     """The place of this process in a group (`transport.Group`) of NPUs."""
-    return Place(_communicator(group.process_group, group.rank), group.rank, group.ranks, _masks_choices())
+    return Place(communicator(group.process_group, group.rank), group.rank, group.ranks, _masks_choices())
 
 
 def _without_holes(slots: Tensor, experts: int, rank: int) -> Tensor:

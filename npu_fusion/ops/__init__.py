@@ -24,6 +24,7 @@ from . import (
     norm_quant,
     quant,
     rope,
+    tensor_parallel,
     weight_only,
 )
 
@@ -45,6 +46,7 @@ __all__ = [
     "quant",
     "render_op_table",
     "rope",
+    "tensor_parallel",
     "weight_only",
 ]
 

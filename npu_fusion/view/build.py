@@ -136,7 +136,7 @@ class ViewBuilder:
         handler, effectful = found
         if target is operator.getitem:
             return self._getitem(node)
-        if effectful:
+        if effectful and handler is None:
             return self.opaque(node)
         assert isinstance(target, OpOverload)  # what is not is effectful
         arguments = _bind_arguments(node, target)
@@ -294,8 +294,9 @@ def _hashable(argument: Any) -> Any:
     return argument
 
 
-from . import handlers as _handlers  # noqa: E402,F401  (fills _HANDLERS)
-from . import norms as _norms  # noqa: E402,F401  (and so do these)
+from . import collectives as _collectives  # noqa: E402,F401  (fills _HANDLERS)
+from . import handlers as _handlers  # noqa: E402,F401  (and so do these)
+from . import norms as _norms  # noqa: E402,F401
 from . import npu as _npu  # noqa: E402,F401
-from . import quantized as _quantized  # noqa: E402,F401  (and these)
+from . import quantized as _quantized  # noqa: E402,F401
 from . import scatter as _scatter  # noqa: E402,F401

@@ -178,8 +178,12 @@ class ViewCanon:
         dim = normal_dim(dim, parts[0].ndim)
         flat = [p for part in parts for p in (part.args if part.op == "cat" and part.attrs["dim"] == dim else (part,))]
         flat = [part for part in flat if not known_equal(part.shape[dim], 0)] or flat[:1]
+        flat = self._rejoined(flat, dim)
         if len(flat) == 1:
             return flat[0]
+        regrouped = self._regrouped(flat, dim)
+        if regrouped is not None:
+            return regrouped
         if all(part.op == "cast" and part.args[0].dtype == flat[0].args[0].dtype for part in flat):
             return self.cast(self.cat([part.args[0] for part in flat], dim), flat[0].attrs["dtype"])
         size: Dim = sum((part.shape[dim] for part in flat), start=0)
@@ -187,6 +191,35 @@ class ViewCanon:
         if dim < flat[0].ndim - 1 and known_equal(flat[0].shape[dim], 1) and all(part is flat[0] for part in flat):
             return self.expand(flat[0], shape)
         return self.table.intern("cat", flat, {"dim": dim}, shape, flat[0].dtype)
+
+    def _rejoined(self, parts: Sequence[Value], dim: int) -> list[Value]:
+        """The parts, where one slice of a value goes on where the one before it ended taken as one."""
+        joined = [parts[0]]
+        for part in parts[1:]:
+            before = joined[-1]
+            if _adjoin(before, part) and before.attrs["dim"] == dim:
+                joined[-1] = self.slice(before.args[0], dim, before.attrs["start"], part.attrs["stop"])
+            else:
+                joined.append(part)
+        return joined
+
+    def _regrouped(self, parts: Sequence[Value], dim: int) -> Value | None:
+        """Chunks of a value, taken along one dimension and joined along another, where nothing but units lies between: no element moves.
+
+        So DTensor gathers and scatters along the tokens of one sequence [1, S, H].
+        """
+        first, whole = parts[0], parts[0].args[0] if parts[0].op == "slice" else None
+        if whole is None or not all(map(_adjoin, parts, parts[1:])) or not all(same_shape(part.shape, first.shape) for part in parts):
+            return None
+        cut = first.attrs["dim"]
+        complete = known_equal(first.attrs["start"], 0) and known_equal(parts[-1].attrs["stop"], whole.shape[cut])
+        # The outer of the two dimensions, and all between it and the inner one, are 1 in a chunk.
+        inner, outer = max(cut, dim), min(cut, dim)
+        units = first.shape[outer:inner]
+        if not complete or cut == dim or not all(known_equal(size, 1) for size in units):
+            return None
+        shape = (*first.shape[:dim], _plain(first.shape[dim] * len(parts)), *first.shape[dim + 1 :])
+        return self.reshape(whole, shape)
 
     def stack(self, parts: Sequence[Value], dim: int) -> Value:
         """The parts along a new dimension `dim`."""
@@ -216,6 +249,14 @@ def only_leading_ones(view: Value) -> bool:
     inner = view.args[0].shape
     extra = view.ndim - len(inner)
     return extra > 0 and all(d == 1 for d in view.shape[:extra]) and same_shape(view.shape[extra:], inner)
+
+
+def _adjoin(before: Value, after: Value) -> bool:
+    """Whether both are slices of one value, of which the second begins where the first ends."""
+    if before.op != "slice" or after.op != "slice" or before.args[0] is not after.args[0] or before.attrs["dim"] != after.attrs["dim"]:
+        return False
+    plain = before.attrs["step"] == 1 and after.attrs["step"] == 1
+    return plain and known_equal(before.attrs["stop"], after.attrs["start"])
 
 
 def _moves_only_ones(permuted: Value) -> bool:

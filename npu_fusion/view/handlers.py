@@ -169,6 +169,15 @@ def _identity(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     return b.operand(args[0])
 
 
+@handles("copy")
+def _copy(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
+    """What `copy_` leaves in a tensor, whatever it held before."""
+    source, val = args[1].meta["val"], node.meta["val"]
+    if source.device != val.device or source.layout != val.layout:
+        return None
+    return b.canon.expand(b.canon.cast(b.operand(args[1]), val.dtype), meta_of(node)[0])
+
+
 @handles("dropout", "feature_dropout")
 def _dropout(b: ViewBuilder, node: Node, args: list[Any]) -> Value | None:
     return b.operand(args[0]) if not args[2] or args[1] == 0 else None

@@ -24,7 +24,7 @@ _IMPORTED_ONCE = (
     "torch._inductor.fx_passes",
     "torch._inductor.sizevars",
     "torch.export._trace",
-    *(f"transformers.models.{name}.modeling_{name}" for name in ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss")),
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama")),
 )
 
 

@@ -21,6 +21,7 @@ from . import (
     quant,
     quant_matmul,
     rope,
+    tensor_parallel,
     weight_only,
 )
 from .registry import EmulationError, emulated_ops
@@ -42,5 +43,6 @@ __all__ = [
     "quant",
     "quant_matmul",
     "rope",
+    "tensor_parallel",
     "weight_only",
 ]

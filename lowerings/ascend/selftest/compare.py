@@ -64,7 +64,7 @@ class SelfTestError(NpuFusionError):
 
 
 def emitted_ops(target: str, names: Collection[str] = ()) -> list[AscendOp]:
-    """The ops of the table that the project emits on a target.
+    """The ops of the table that the project emits on a target, but for those that several ranks call together.
 
     Args:
         target: the SoC.
@@ -73,7 +73,7 @@ def emitted_ops(target: str, names: Collection[str] = ()) -> list[AscendOp]:
     Raises:
         SelfTestError: a name is not that of such an op.
     """
-    emitted = [op for op in ascend_ops().values() if op.uses and target in op.targets]
+    emitted = [op for op in ascend_ops().values() if op.uses and target in op.targets and not op.collective]
     by_name = {alias: op for op in emitted for alias in (op.name, op.shown, op.shown.partition(".")[2])}
     for name in names:
         if name not in by_name:

@@ -25,7 +25,7 @@ def _group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
-    monkeypatch.setattr(ascend, "_communicator", lambda group, rank: "hccl")
+    monkeypatch.setattr(ascend, "communicator", lambda group, rank: "hccl")
     yield
     dist.destroy_process_group()
 
