@@ -109,7 +109,9 @@ def moe_experts_int8(
         options: `activation`, `layout`, `alpha`, `gate_limit`, `up_limit`, `up_offset`, `round_dtype` as in `glu`; `sum_dtype`, to which
             the scaled sums are rounded for the unit (None: fp32); `hidden_dtype`, of its result (None: `sum_dtype`); `result_dtype`, to
             which the scaled sums of `down` are rounded (None: fp32); `product_dtype`, `out_dtype` as in `moe_experts`; and those of
-            `quantize`, which hold for both products: they find a scale for each row, symmetrically.
+            `quantize`, which hold for both products: they find a scale for each row, symmetrically: `smooth`, `smooth_divide`, `apply`,
+            `symmetric`, `with_zero`, `per_tensor`, `steps`, `steps_reciprocal`, `floor_mode`, `floor`, `round_last`, `low`, `high`,
+            `dtype`, `compute_dtype`, `scale_dtype`, `value_dtype`.
 
     Returns:
         [T, N] in `out_dtype` (None: that of x), contiguous.

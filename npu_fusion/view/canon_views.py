@@ -193,14 +193,17 @@ class ViewCanon:
         return self.table.intern("cat", flat, {"dim": dim}, shape, flat[0].dtype)
 
     def _rejoined(self, parts: Sequence[Value], dim: int) -> list[Value]:
-        """The parts, where one slice of a value goes on where the one before it ended taken as one."""
+        """The parts as one, where each is a slice of the same value that goes on where the one before it ended.
+
+        Not some of them: slices that are repeated, which is how heads are, begin where others end as well.
+        """
         joined = [parts[0]]
         for part in parts[1:]:
             before = joined[-1]
             if _adjoin(before, part) and before.attrs["dim"] == dim:
                 joined[-1] = self.slice(before.args[0], dim, before.attrs["start"], part.attrs["stop"])
             else:
-                joined.append(part)
+                return list(parts)
         return joined
 
     def _regrouped(self, parts: Sequence[Value], dim: int) -> Value | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from .ranks import Ranks, start_importing
 
@@ -41,3 +42,11 @@ def two() -> Iterator[Ranks]:
 @pytest.fixture(scope="session")
 def four() -> Iterator[Ranks]:
     yield from _ranks(4)
+
+
+@pytest.fixture
+def alone() -> Iterator[str]:
+    """The name of a group of which this process is the only rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield str(dist.group.WORLD.group_name)
+    dist.destroy_process_group()

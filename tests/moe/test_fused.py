@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,19 +16,11 @@ from npu_fusion.numerics import assert_within_contract
 
 from .ranks import Ranks
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 EXPERTS, TOP_K, HIDDEN, INNER, BATCH, LENGTH = 4, 2, 1024, 32, 2, 3
 TOKENS = BATCH * LENGTH
 Layer = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def _group() -> Iterator[None]:
-    made = not dist.is_initialized()
-    if made:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    if made:
-        dist.destroy_process_group()
 
 
 def norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import npu_fusion
 from npu_fusion import moe
 from npu_fusion.moe import transport
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 EXPERTS, HIDDEN, TOP_K = 8, 16, 2
 SIZES = (3, 9, 5, 7)  # tokens of each of the blocks, by which the calls are told apart
-
-
-@pytest.fixture(autouse=True)
-def _group() -> Iterator[None]:
-    made = not dist.is_initialized()
-    if made:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    if made:
-        dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -25,10 +25,10 @@ def test_every_failure_comes_with_its_text(tmp_path: Path) -> None:
     path = tmp_path / "report.xml"
     path.write_text(REPORT)
     assert outcomes(path) == {
-        "test_good[llama]": None,
-        "test_bad": "def test_bad: assert 1 == 2\nsaid so",
-        "test_torn": "at setup",
-        "test_left_out": "no reason",
+        "test_x::test_good[llama]": None,
+        "test_x::test_bad": "def test_bad: assert 1 == 2\nsaid so",
+        "test_x::test_torn": "at setup",
+        "test_x::test_left_out": "no reason",
     }
 
 
@@ -41,10 +41,11 @@ def test_tests_run_in_one_process_that_may_die(tmp_path: Path) -> None:
         "def test_bad(): assert torch.zeros(2, device='npu').device.type == 'cpu'\n"
         "def test_gone(): os._exit(7)\n"
     )
-    results = run_tests({name: f"{file}::{name}" for name in ("test_good", "test_bad")})
-    assert results["test_good"] is None
-    assert "AssertionError: assert 'npu' == 'cpu'" in str(results["test_bad"])
-    [failure] = run_tests({"test_gone": f"{file}::test_gone"}).values()
+    good, bad = (f"{file}::test_{name}" for name in ("good", "bad"))
+    results = run_tests([good, bad])
+    assert results[good] is None
+    assert "AssertionError: assert 'npu' == 'cpu'" in str(results[bad])
+    [failure] = run_tests([f"{file}::test_gone"]).values()
     assert failure is not None
     assert failure.startswith("the process on the virtual NPU ended with status 7 and says nothing of this test:\n")
 

@@ -6,6 +6,8 @@ import pytest
 
 from tests.test_docs import run
 
+pytestmark = pytest.mark.npu_process("torchair")
+
 
 def test_example_of_ascend_with_torchair(capfd: pytest.CaptureFixture[str]) -> None:
     run("docs/ascend.md", "", "torchair")

@@ -15,6 +15,8 @@ import npu_fusion
 from npu_fusion.report import FusionReport
 from tests.models import zoo
 
+pytestmark = pytest.mark.npu_process("models")
+
 BATCH, SEQUENCE = 2, 8
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 CELLS = """

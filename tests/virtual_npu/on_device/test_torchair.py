@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 import npu_fusion
 from npu_fusion.lowerings.ascend.graph_compilers import load_compiler, torchair_config
 from tests.blocks import Block
 from tests.virtual_npu.launches import Trace
+
+pytestmark = pytest.mark.npu_process("torchair")
 
 
 def test_users_keep_their_backend_and_their_pass(traced: Callable[[], Trace]) -> None:
