@@ -75,6 +75,7 @@ def ops_table(target: str) -> Table:
     table = _table(title, ("Op", "Family", "Computes", "Providers, best first"))
     for op in semantic_ops():
         table.add_row(op.name, op.family, _summary(op), ", ".join(_providers(op, target)))
+    table.columns[-1].overflow = "fold"  # a name that is cut says nothing
     return table
 
 
@@ -96,8 +97,8 @@ def _providers(op: SemanticOp, target: str) -> list[str]:
         return [*dict.fromkeys(provider.name for provider in providers_of(op.name, target)), REFERENCE]
     targets: dict[str, list[str]] = defaultdict(list)
     for one in TARGETS:
-        for provider in providers_of(op.name, one):
-            targets[provider.name].append(one)
+        for name in dict.fromkeys(provider.name for provider in providers_of(op.name, one)):
+            targets[name].append(one)
     return [*(f"{name} ({', '.join(where)})" for name, where in targets.items()), REFERENCE]
 
 

@@ -91,8 +91,9 @@ def moe_experts_int8(
 ) -> Tensor:
     """Routed experts of int8 matrices: what enters a product is quantised, each row by a scale of its own.
 
-    Maths, with `q, s = quantize(.)`::
+    Maths::
 
+        q, s = quantize(v)
         y[t] = sum_j weights[t, j] * mlp(x[t], indices[t, j])
         mlp(v, e) = linear(glu(linear(v, gate_up[e])), down[e])
         linear(v, W) = (q(v) @ W) * s(v) * scale of W's columns

@@ -21,7 +21,7 @@ from .. import torch_private
 from ..semantic import SemanticOp, semantic_op
 from ._common import check_floating, check_rank, check_same_dtype, check_sizes, check_value, known_different
 
-_FAMILY = "tensor_parallel"
+_FAMILY = "parallel"
 _collectives: Any = torch.ops._c10d_functional
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from npu_fusion.lowerings.ascend.table import ascend_ops
 
-EMITTED = [name for name, op in ascend_ops().items() if op.uses and op.namespace == "npu"]
+# Collectives of a group's product have no case of one rank: test_tensor_parallel.py.
+EMITTED = [name for name, op in ascend_ops().items() if op.uses and op.namespace == "npu" and not op.collective]
 
 
 def traced(name: str, arguments: dict[str, Any], mode: str) -> tuple[Any, dict[str, Any]]:
@@ -48,9 +50,9 @@ def test_schema_and_meta(name: str, mode: str) -> None:
     from npu_fusion.lowerings.ascend.selftest import planned
 
     op, [ours] = ascend_ops()[name], emulated_ops()[name]._fakes
-    cases = [case for target in ("ascend910b", "ascend950") if target in op.targets for case in planned(target, [name])]
+    cases = list(islice((case for target in op.targets if target != "ascend310p" for case in planned(target, [name])), 2))
     assert cases
-    for case in cases[:2]:
+    for case in cases:
         theirs, fakes = traced(name, case.arguments(), mode)
         known = {spec.name: spec.default_value for spec in _arguments_of(name)}
         expected = ours(**{**known, **fakes})
