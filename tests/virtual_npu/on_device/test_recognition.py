@@ -21,7 +21,7 @@ BATCH, SEQUENCE = 2, 8
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 CELLS = """
 llama-sdpa-fp16-static-prefill    qwen3-sdpa-bf16-static-decode     gemma3_text-eager-bf16-static-decode  gpt_neox-eager-fp16-static-prefill
-gpt_oss-eager-bf16-static-prefill qwen3_next-sdpa-bf16-static-prefill deepseek_v3-sdpa-fp16-static-decode llama-eager-fp16-dynamic-prefill
+gpt_oss-eager-bf16-static-prefill qwen3_next-sdpa-bf16-static-prefill deepseek_v3-sdpa-fp16-static-decode
 """.split()
 
 
