@@ -60,7 +60,9 @@ def roles_of(b: Builder, scales: Sequence[Node | None], rows: Sequence[Any], wid
     along_rows = [scale for scale in given if rows and is_of_rows(b.val(scale), rows)]
     many = [scale for scale in along_rows if not ones_but_last(b.val(scale).shape)]
     one = many[0] if many else along_rows[0] if along_rows and len(given) > 1 else None
-    rest = [scale for scale in given if scale is not one]
+    rest = list(given)
+    if one is not None:
+        rest.remove(one)  # once: a model may multiply by one scale twice
     b.require(len(rest) < 2, "both scales are of the channels")
     of_channels = channels(b, "scale", rest[0], width) if rest else None
     return Roles(None if one is None else b.reshape(one, [b.size(one, dim) for dim in range(b.val(one).dim() - 1)]), of_channels)

@@ -129,6 +129,13 @@ def test_taken(case: str, dynamic: bool) -> None:
     assert_quantised(results(found.gm(*inputs)), results(fn(*inputs)))
 
 
+def test_a_scale_that_multiplies_twice_counts_twice() -> None:
+    found = lower_call(lambda x, w, r: quant_linear(x, w.t(), r, r, out_dtype=BF16), CODES, WEIGHT, ROWS)
+    assert found.provider == "npu.npu_quant_matmul + aten"
+    assert "differs from row to row" in found.reason
+    torch.testing.assert_close(found.gm(CODES, WEIGHT, ROWS), quant_linear(CODES, WEIGHT.t(), ROWS, ROWS, out_dtype=BF16))
+
+
 def _with_dynamic_rows(fn: Fn, inputs: tuple[Tensor, ...]) -> tuple[Fn, tuple[Tensor, ...]]:
     """The same for rows in one dimension."""
     flat = tuple(x.flatten(0, 1) if x.dim() == 3 else x for x in inputs)

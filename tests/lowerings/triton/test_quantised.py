@@ -94,3 +94,11 @@ def test_what_is_refused_as_a_whole_is_taken_apart() -> None:
     assert "triton.glu_quant: the kernel has no least scale" in found.reason
     for result, wanted in zip(found.gm(X), glu_quant(X, None, **FLOOR)):
         torch.testing.assert_close(result, wanted, atol=1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "reason"), [(3, "differs from row to row"), (1, None)])
+def test_a_scale_that_multiplies_twice_counts_twice(rows: int, reason: str | None) -> None:
+    x, scale = Q[0, :rows], ROWS[0, :rows]
+    found = lower_call(lambda x, w, r: quant_linear(x, w, r, r), x, WEIGHT, scale, **CUDA)
+    assert found.reason == reason or (reason or "") in found.reason
+    torch.testing.assert_close(found.gm(x, WEIGHT, scale), quant_linear(x, WEIGHT, scale, scale))
