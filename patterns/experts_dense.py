@@ -21,25 +21,22 @@ from typing import Any
 
 from npu_fusion.match import Match
 from npu_fusion.ops.experts import moe_experts
-from npu_fusion.pattern import Pattern, any_of, anything, op, opt_cast, opt_view, reshape, sem, sum_, through, var
+from npu_fusion.pattern import Pattern, any_of, op, opt_cast, opt_view, reshape, sum_, through, var
 from npu_fusion.rule import Call, Reject, Rule, register_builtin
 from npu_fusion.view import Value
 from npu_fusion.view.shapes import known_equal, same_shape
 from npu_fusion.view.value import Dim
 
-from .activation import activation, activation_of
+from .activation import activation_of
 from .axes import Axes, AxisNames, names_of
 from .combine import Combined, combined
 from .experts import unit_arguments
-
-_VIEWS = ("reshape", "permute", "expand")
+from .experts_parts import VIEWS, activation_arguments, base_of, results_of, weighted_sum_of
 
 
 def stored(name: str, rank: int) -> Pattern:
     """A tensor [E, ...] of all experts, behind views."""
-    return through(
-        _VIEWS, var(name).where(lambda value: value.ndim == rank and value.op not in _VIEWS, f"{name} has not {rank} dimensions")
-    )
+    return through(VIEWS, var(name).where(lambda value: value.ndim == rank and value.op not in VIEWS, f"{name} has not {rank} dimensions"))
 
 
 def projected(rows: Pattern, matrices: str) -> Pattern:
@@ -49,29 +46,11 @@ def projected(rows: Pattern, matrices: str) -> Pattern:
     return any_of(opt_view(product) + stored(f"{matrices}_bias", 2), opt_view(product))
 
 
-first = projected(anything(), "gate_up").as_("first")
-unit = any_of(
-    sem("glu", gate=first, up=None).as_("unit"),
-    sem("glu", gate=first, up=projected(anything(), "up").as_("second")).as_("unit"),
-    activation(first).as_("ungated"),
-).as_("hidden")
-results = projected(through(_VIEWS, unit), "down").as_("results")
-weighted = opt_cast((opt_cast(through(_VIEWS, results)) * anything().as_("factor")).as_("products"))
-summed = any_of(
-    sum_(opt_cast(through(_VIEWS, weighted))).as_("sum"),
-    op("matmul", through(_VIEWS, results), anything().as_("factor")).as_("sum"),
-    op("matmul", anything().as_("factor"), through(_VIEWS, results)).as_("sum"),
-    sum_(opt_cast(through(_VIEWS, results))).as_("sum"),
-)
+results = results_of(projected)
+# llama4 has weighed the rows that go in.
+summed = any_of(weighted_sum_of(results), sum_(opt_cast(through(VIEWS, results))).as_("sum"))
 
 # -------------------------------------------------------------------- what is computed
-
-
-def _base(value: Value, *others: str) -> Value:
-    """What the value is a view (or one of the other ops) of."""
-    while value.op in (*_VIEWS, *others):
-        value = value.args[0]
-    return value
 
 
 @dataclass(frozen=True)
@@ -86,7 +65,7 @@ class _Found:
 
 def read(m: Match) -> _Found | None:
     """What the match computes, or None where it is not the weighted sum of all experts."""
-    rows = _base(m["rows_of_gate_up"])
+    rows = base_of(m["rows_of_gate_up"])
     early = "factor" not in m
     if early:
         found = _weighted_rows(rows)
@@ -98,7 +77,7 @@ def read(m: Match) -> _Found | None:
     x, weights = found
     if x.ndim != 2 or not known_equal(x.shape[0], weights.matrix.shape[0]):
         return None
-    if "up" in m and _base(m["rows_of_up"]) is not rows:
+    if "up" in m and base_of(m["rows_of_up"]) is not rows:
         return None
     sizes: dict[str, Dim] = {"t": x.shape[0], "h": x.shape[1], "e": weights.matrix.shape[-1]}
     leaves: dict[Value, Axes] = {x: (("t",), ("h",)), weights.matrix: (("t",), *((),) * (weights.matrix.ndim - 2), ("e",))}
@@ -112,7 +91,7 @@ def _weighted_rows(rows: Value) -> tuple[Value, Combined] | None:
         return None
     for x, factor in (rows.args, rows.args[::-1]):
         if (weights := _combined(factor)) is not None:
-            return _base(x), weights
+            return base_of(x), weights
     return None
 
 
@@ -122,7 +101,7 @@ def _combined(factor: Value) -> Combined | None:
     while True:
         if (found := combined(value)) is not None:
             return found
-        if value.op not in (*_VIEWS, "cast"):
+        if value.op not in (*VIEWS, "cast"):
             return None
         value = value.args[0]
 
@@ -221,13 +200,13 @@ def rewrite_dense(m: Match) -> Call:
         "out_dtype": m.root.dtype,
     }
     args |= {name: m[name] for name in ("gate_up_bias", "up_bias", "down_bias") if name in m}
-    args |= unit_arguments(m) if "unit" in m else {"gated": False, "activation": activation_of(m)}
+    args |= activation_arguments(m)
     return Call(moe_experts, args, [canon.reshape(m.root, (x.shape[0], args["down"].shape[2]))])
 
 
 def _weighted_tokens(m: Match, x: Value, weights: Value) -> tuple[Value, Value]:
     """Each token times its weight, in the type of the model's own product, and ones as weights."""
-    canon, dtype = m.view.canon, _base(m["rows_of_gate_up"]).dtype
+    canon, dtype = m.view.canon, base_of(m["rows_of_gate_up"]).dtype
     assert dtype is not None
     tokens = canon.binary("mul", canon.cast(x, dtype), canon.cast(weights, dtype), x.shape)
     device = next(value.node.meta["val"].device for value in (m["results"], m["first"], m["gate_up"]) if value.node is not None)

@@ -18,24 +18,22 @@ from typing import Any
 
 from npu_fusion.match import Match
 from npu_fusion.ops.experts import moe_experts
-from npu_fusion.pattern import Pattern, any_of, anything, op, opt_cast, opt_view, reshape, sem, sum_, through, var
+from npu_fusion.pattern import Pattern, any_of, op, opt_cast, opt_view, reshape, through, var
 from npu_fusion.rule import Call, Reject, Rule, register_builtin
 from npu_fusion.view import Value
 from npu_fusion.view.shapes import known_equal, product
 from npu_fusion.view.value import Dim
 
-from .activation import activation, activation_of
 from .axes import Axes, AxisNames, names_of
-from .experts import at, unit_arguments
-
-_VIEWS = ("reshape", "permute", "expand")
+from .experts import at
+from .experts_parts import VIEWS, activation_arguments, base_of, results_of, weighted_sum_of
 
 # -------------------------------------------------------------------- products
 
 
 def gathered(name: str) -> Pattern:
     """The matrices, or biases, of the chosen experts."""
-    return through(_VIEWS, at(var(name), var("ids")).as_(f"chosen_{name}"))
+    return through(VIEWS, at(var(name), var("ids")).as_(f"chosen_{name}"))
 
 
 def projected(rows: Pattern, matrices: str) -> Pattern:
@@ -45,28 +43,9 @@ def projected(rows: Pattern, matrices: str) -> Pattern:
     return any_of(opt_view(product_) + gathered(f"{matrices}_bias"), opt_view(product_))
 
 
-first = projected(anything(), "gate_up").as_("first")
-unit = any_of(
-    sem("glu", gate=first, up=None).as_("unit"),
-    sem("glu", gate=first, up=projected(anything(), "up").as_("second")).as_("unit"),
-    activation(first).as_("ungated"),
-).as_("hidden")
-results = projected(through(_VIEWS, unit), "down").as_("results")
-weighted = opt_cast((opt_cast(through(_VIEWS, results)) * anything().as_("factor")).as_("products"))
-summed = any_of(
-    sum_(opt_cast(through(_VIEWS, weighted))).as_("sum"),
-    op("matmul", through(_VIEWS, results), anything().as_("factor")).as_("sum"),
-    op("matmul", anything().as_("factor"), through(_VIEWS, results)).as_("sum"),
-)
+summed = weighted_sum_of(results_of(projected))
 
 # -------------------------------------------------------------------- what is computed
-
-
-def base_of(value: Value) -> Value:
-    """What the value is a view of."""
-    while value.op in _VIEWS:
-        value = value.args[0]
-    return value
 
 
 @dataclass(frozen=True)
@@ -188,7 +167,7 @@ def rewrite_gathered(m: Match) -> Call:
         "out_dtype": m.root.dtype,
     }
     args |= {name: m[name] for name in ("gate_up_bias", "up_bias", "down_bias") if name in m}
-    args |= unit_arguments(m) if "unit" in m else {"gated": False, "activation": activation_of(m)}
+    args |= activation_arguments(m)
     return Call(moe_experts, args, [canon.reshape(m.root, (found.tokens, args["down"].shape[2]))])
 
 

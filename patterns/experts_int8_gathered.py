@@ -26,8 +26,9 @@ from npu_fusion.view.value import Dim
 
 from .axes import Axes, AxisNames, names_of
 from .experts import at, unit_arguments
-from .experts_gathered import base_of, leading
+from .experts_gathered import leading
 from .experts_int8 import CARRIERS, found_scale, how_quantised, plain_quantising
+from .experts_parts import base_of
 
 _VIEWS = ("reshape", "permute", "expand")
 _KEEPING = (*_VIEWS, "cast")
